@@ -1,0 +1,54 @@
+# Two commands do everything in a fresh clone: make demo, make test.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help venv test pytest lint format demo clean distclean
+
+help:
+	@echo 'make demo       set up, then quantize, pack, reload, evaluate and time the shipped model'
+	@echo 'make test       set up, then every check: lint and pytest'
+	@echo 'make pytest     the test suite alone; PYTEST_ARGS="-k pattern" is passed on'
+	@echo 'make lint       ruff check, ruff format --check, mypy --strict'
+	@echo 'make format     let ruff fix and format the tree'
+	@echo 'make venv       the set-up alone: $(VENV) with the package (editable) and its test tools'
+	@echo 'make clean      remove caches and build output;  make distclean  also $(VENV)'
+
+# The stamp is written last, so an interrupted installation is taken up again by the next make.
+$(STAMP): pyproject.toml setup.py erq/_version.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "erq needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1)." \
+			"Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --editable '.[test]'
+	@touch $@
+
+venv: $(STAMP)
+
+test: lint pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+pytest: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(STAMP)
+	$(BIN)/erq demo
+
+clean:
+	rm -rf build dist erq.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

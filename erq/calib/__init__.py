@@ -1,0 +1,1 @@
+"""Images → calibrated quantizers: the simulated modules, how their ranges are found, folding."""

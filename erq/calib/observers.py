@@ -1,0 +1,70 @@
+"""Streams of activations at a block boundary, and what enters a site when a block runs on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+Run = Callable[[Tensor], Tensor]
+"""One block as a function of its input."""
+
+
+class _Stop(Exception):
+    """Ends a block's forward pass at the observed site."""
+
+
+class Stream:
+    """A batch of activations at one block boundary, in chunks of images.
+
+    Args:
+        chunks: float tensors [b, …]; replaced, not copied, as the stream advances.
+    """
+
+    def __init__(self, chunks: list[Tensor]) -> None:
+        self.chunks = chunks
+
+    def head(self, images: int) -> Stream:
+        """The stream of the first `images` images; shares memory."""
+        out, left = [], images
+        for chunk in self.chunks:
+            if left <= 0:
+                break
+            out.append(chunk[:left])
+            left -= len(chunk)
+        return Stream(out)
+
+    @torch.no_grad()
+    def advance(self, run: Run) -> None:
+        """Replace every chunk by the block's output for it."""
+        for i, chunk in enumerate(self.chunks):
+            self.chunks[i] = run(chunk)
+
+    def inputs(self, run: Run, site: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+        """What enters `site` when the block runs on each chunk; nothing after it is computed."""
+        for chunk in self.chunks:
+            yield observe(run, site, chunk)
+
+
+@torch.no_grad()
+def observe(run: Run, site: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """The positional inputs of `site` in run(x), which stops there.
+
+    Raises:
+        RuntimeError: the block never calls the site.
+    """
+    seen: list[tuple[Tensor, ...]] = []
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args)
+        raise _Stop
+
+    handle = site.register_forward_pre_hook(hook)
+    try:
+        run(x)
+    except _Stop:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise RuntimeError("the block's forward pass does not reach the observed site")

@@ -1,0 +1,236 @@
+"""Simulated modules: they hold quantizers and compute what the deployed kernels will compute.
+
+Before its weights are solved a module fake-quantizes only what has params. `freeze` makes a linear
+layer run on integer codes through the reference kernels, the same arithmetic as deployment, so that
+a simulated and a deployed model give the same codes at every site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from erq.models.attention import ScaledScores
+from erq.models.patches import patches
+from erq.quant import AffineParams, DualAffineParams, LogParams, WeightParams, fake_quantize, quantize
+from erq_kernels import reference
+from erq_kernels.formats import GemmOperands, gemm_operands
+
+T = TypeVar("T")
+
+
+def _map_tensors(value: T, fn: Callable[[Tensor], Tensor]) -> T:
+    """The dataclass `value` with every tensor in it mapped, dtypes kept."""
+    if isinstance(value, Tensor):
+        return fn(value).to(value.dtype)  # type: ignore[return-value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{f.name: _map_tensors(getattr(value, f.name), fn) for f in fields(value)}
+        )
+    return value
+
+
+class _Simulated(nn.Module):
+    """A module whose quantizer values follow it to other devices."""
+
+    _values: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for name in self._values:
+            setattr(self, name, _map_tensors(getattr(self, name), fn))
+        return self
+
+
+def outlier_split(
+    params: WeightParams,
+) -> tuple[AffineParams, AffineParams | None, Tensor | None]:
+    """(params of all or of the remaining columns, params of the outlier columns, the columns)."""
+    if isinstance(params, DualAffineParams):
+        return params.rest, params.outlier, params.columns
+    return params, None, None
+
+
+class SimLinear(_Simulated):
+    """A linear layer with an activation quantizer and a weight quantizer.
+
+    Args:
+        weight: fp32 [N, K]; bias: fp32 [N] or None.
+
+    Attributes:
+        x_params: per-tensor activation quantizer, or None for float activations.
+        w_params: weight quantizer, or None while the weight is in full precision.
+        operands: GEMM operands once frozen, else None.
+    """
+
+    _values = ("x_params", "w_params", "operands")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.bias = (
+            None
+            if bias is None
+            else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        )
+        self.x_params: AffineParams | None = None
+        self.w_params: WeightParams | None = None
+        self.operands: GemmOperands | None = None
+
+    def set_weight(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Replace weight [N, K] and bias; a bias may come into being."""
+        self.weight.data = weight.to(self.weight.dtype)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.to(self.weight.dtype), requires_grad=False)
+
+    def freeze(self) -> None:
+        """Run on integer codes from now on (float activations stay on the float path).
+
+        Raises:
+            ValueError: a weight that is not on the grid of w_params.
+        """
+        assert self.w_params is not None
+        codes = quantize(self.weight, self.w_params)
+        check_on_grid(self.weight, codes, self.w_params)
+        if self.x_params is None:
+            return
+        plain, outlier, columns = outlier_split(self.w_params)
+        self.operands = gemm_operands(
+            codes.to(torch.uint8),
+            plain.scale,
+            plain.zero_point,
+            self.bias,
+            self.x_params.scale,
+            self.x_params.zero_point,
+            self.x_params.bits,
+            None if outlier is None else outlier.scale,
+            None if outlier is None else outlier.zero_point,
+            columns,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N]."""
+        if self.operands is not None and self.x_params is not None:
+            return run_gemm(x, self.x_params, self.operands)
+        if self.x_params is not None:
+            x = fake_quantize(x, self.x_params)
+        return F.linear(x, self.weight, self.bias)
+
+
+def run_gemm(x: Tensor, x_params: AffineParams, operands: GemmOperands) -> Tensor:
+    """Quantize [..., K] and multiply by frozen operands with the reference kernels: [..., N]."""
+    flat = x.reshape(-1, x.shape[-1])
+    codes = reference.quantize(flat, x_params.inv_scale, x_params.zero_point, x_params.bits)
+    if operands.order is not None:
+        codes = codes.index_select(1, operands.order)
+    y = reference.qlinear(
+        codes, operands.weight, operands.scale, operands.scale2, operands.split, operands.bias
+    )
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def check_on_grid(weight: Tensor, codes: Tensor, params: WeightParams) -> None:
+    """Raise ValueError unless weight equals the value of its codes exactly."""
+    from erq.quant import dequantize
+
+    if not torch.equal(dequantize(codes, params), weight):
+        raise ValueError("weight is not on the grid of its quantizer: solve the site first")
+
+
+class SimConv2d(_Simulated):
+    """A patch embedding (stride = kernel, no padding) as a linear layer on patches; weight-only.
+
+    Attributes:
+        w_params: weight quantizer of the [N, C·kh·kw] matrix, or None.
+    """
+
+    _values = ("w_params",)
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.kernel_size = (int(conv.kernel_size[0]), int(conv.kernel_size[1]))
+        self.in_channels = conv.in_channels
+        self.weight = nn.Parameter(
+            conv.weight.detach().reshape(conv.out_channels, -1).clone(), requires_grad=False
+        )
+        self.bias = (
+            None
+            if conv.bias is None
+            else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
+        )
+        self.w_params: WeightParams | None = None
+
+    set_weight = SimLinear.set_weight
+
+    def freeze(self) -> None:
+        """Check that the weight is on its grid; the image stays float."""
+        assert self.w_params is not None
+        check_on_grid(self.weight, quantize(self.weight, self.w_params), self.w_params)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, N, H/kh, W/kw]."""
+        y = F.linear(patches(x, self.kernel_size), self.weight, self.bias)
+        grid = (x.shape[2] // self.kernel_size[0], x.shape[3] // self.kernel_size[1])
+        return y.transpose(1, 2).reshape(x.shape[0], -1, *grid)
+
+
+class SimScores(_Simulated):
+    """q·kᵀ with quantized operands: the site `qk`. Float until it has params."""
+
+    _values = ("q_params", "k_params")
+
+    def __init__(self, source: ScaledScores) -> None:
+        super().__init__()
+        self.temperature = source.temperature
+        self.q_params: AffineParams | None = None
+        self.k_params: AffineParams | None = None
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        """[B, H, T, D] twice → [B, H, T, T]."""
+        if self.q_params is None or self.k_params is None:
+            return (q @ k.transpose(-2, -1)) * self.temperature
+        a, b = self.q_params, self.k_params
+        return reference.attention_scores(
+            reference.quantize(q, a.inv_scale, a.zero_point, a.bits),
+            reference.quantize(k, b.inv_scale, b.zero_point, b.bits),
+            a.zero_point,
+            b.zero_point,
+            (a.bits, b.bits),
+            score_scale(a, b, self.temperature),
+        )
+
+
+def score_scale(q: AffineParams, k: AffineParams, temperature: float) -> Tensor:
+    """fp32 []: s_q · s_k · temperature, the factor of integer scores."""
+    return q.scale * k.scale * temperature
+
+
+class SimValues(_Simulated):
+    """softmax·v with log-√2 codes and quantized v: the site `av`. Float until it has params."""
+
+    _values = ("p_params", "v_params")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p_params: LogParams | None = None
+        self.v_params: AffineParams | None = None
+
+    def forward(self, p: Tensor, v: Tensor) -> Tensor:
+        """[B, H, T, T], [B, H, T, D] → [B, H, T, D]."""
+        if self.p_params is None or self.v_params is None:
+            return p @ v
+        a, b = self.p_params, self.v_params
+        return reference.attention_values(
+            reference.quantize_softmax(p, a.scale.reciprocal(), a.bits),
+            reference.quantize(v, b.inv_scale, b.zero_point, b.bits),
+            b.zero_point,
+            a.bits,
+            b.bits,
+            a.zero_last,
+            a.scale * b.scale,
+        )

@@ -1,0 +1,207 @@
+"""QuantConfig: everything that decides the numbers of a quantized model, in one frozen value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+FLOAT_BITS = 16
+"""a_bits of activations that stay in floating point."""
+
+Method = Literal["erq", "rtn", "repq", "gptq"]
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": ("erq", "rtn", "repq", "gptq"),
+    "upstream": ("quantized", "float"),
+    "refine": ("greedy", "official", "off"),
+    "attention": ("quantized", "float"),
+    "ridge_scale": ("relative", "sum"),
+}
+_SITE_FIELDS = ("w_bits", "a_bits", "dual", "aqer", "wqer", "refine", "ridge_act", "ridge_weight")
+
+PRESETS = ("w3a4", "w4a4", "w4a8", "w6a6", "w8a8", "w3a16", "w4a16")
+PAPER_RIDGE = 1000.0
+"""0.1 · coe at the coefficient 10000 of the authors' README."""
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Settings of a quantization; the fields are described in README.md, "Settings".
+
+    Args:
+        w_bits: weight bits, 2..8.
+        a_bits: activation bits, 2..8, or 16 for floating-point activations.
+        method: `erq`, or a baseline in the same code: `rtn` (round to nearest, no
+            reparameterization, no dual scales), `repq` (reparameterization, dual scales if `dual`,
+            round to nearest), `gptq` (as repq, weights rounded column by column).
+        reparameterize, aqer, dual, wqer: each step of ERQ can be switched off.
+        upstream: what feeds a site during calibration: `quantized`, the network as quantized so
+            far, or `float`, as published: every layer alone on the full-precision network.
+        refine: rounding refinement: `greedy` best flips, `official` rule, `off`.
+        attention: `quantized` (q, k, softmax and v as in the paper) or `float`.
+        ridge_act, ridge_weight: λ of Aqer and of Wqer, >= 0.
+        ridge_scale: `relative`: λ times the mean diagonal of the Gram matrix; `sum`: λ itself, on
+            sums over rows, with the official code's special cases (head 0.1 in Aqer; patch
+            embedding 10 λ and no refinement in Wqer).
+        overrides: glob over site names → fields for those sites.
+        keep_float: globs of sites to leave alone.
+        seed: for every random choice (the drawing of calibration images).
+
+    Raises:
+        ValueError: names the field, the value and what is allowed.
+    """
+
+    w_bits: int = 4
+    a_bits: int = 4
+    method: Method = "erq"
+    reparameterize: bool = True
+    aqer: bool = True
+    dual: bool = True
+    wqer: bool = True
+    upstream: Literal["quantized", "float"] = "quantized"
+    refine: Literal["greedy", "official", "off"] = "greedy"
+    attention: Literal["quantized", "float"] = "quantized"
+    ridge_act: float = 1e-2
+    ridge_weight: float = 1e-2
+    ridge_scale: Literal["relative", "sum"] = "relative"
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    keep_float: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_bits(self.w_bits, "w_bits", float_allowed=False)
+        _check_bits(self.a_bits, "a_bits", float_allowed=True)
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        for name in ("reparameterize", "aqer", "dual", "wqer"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("ridge_act", "ridge_weight"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        if isinstance(self.keep_float, str) or not all(isinstance(g, str) for g in self.keep_float):
+            raise ValueError(f"keep_float must be a list of globs, got {self.keep_float!r}")
+        object.__setattr__(self, "keep_float", tuple(self.keep_float))
+        object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> QuantConfig:
+        """The best known settings for `name`: w3a4, w4a4, w4a8, w6a6, w8a8, w3a16 or w4a16.
+
+        Raises:
+            ValueError: an unknown name, or a change that is not allowed.
+        """
+        return replace(cls(**_parse_bits(name)), **changes)
+
+    @classmethod
+    def paper(cls, name: str, **changes: Any) -> QuantConfig:
+        """ERQ as published: full-precision upstream, official refinement, λ in the sum form."""
+        published = cls(
+            **_parse_bits(name),
+            upstream="float",
+            refine="official",
+            ridge_act=PAPER_RIDGE,
+            ridge_weight=PAPER_RIDGE,
+            ridge_scale="sum",
+        )
+        return replace(published, **changes)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
+        """The config with these fields, defaults elsewhere.
+
+        Raises:
+            ValueError: an unknown field, by name, or a value that is not allowed.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"unknown config field {unknown[0]!r}; known: {', '.join(sorted(known))}"
+            )
+        return cls(**dict(values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields; `from_dict` gives the same config back."""
+        values = asdict(self)
+        values["keep_float"] = list(self.keep_float)
+        return values
+
+    def for_site(self, name: str) -> QuantConfig:
+        """This config with the overrides of every glob that matches the site `name` applied."""
+        changes: dict[str, Any] = {}
+        for glob, values in self.overrides.items():
+            if fnmatchcase(name, glob):
+                changes.update(values)
+        return replace(self, overrides={}, **changes)
+
+    def keeps_float(self, name: str) -> bool:
+        """Whether the site `name` stays in full precision."""
+        return any(fnmatchcase(name, glob) for glob in self.keep_float)
+
+    def check_globs(self, names: list[str]) -> None:
+        """Raise ValueError for a glob of `overrides` or `keep_float` that matches no site."""
+        for glob in (*self.overrides, *self.keep_float):
+            if not any(fnmatchcase(name, glob) for name in names):
+                shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
+                raise ValueError(
+                    f"the glob {glob!r} matches none of the model's {len(names)} sites; "
+                    f"sites are named {shown}"
+                )
+
+
+def as_config(config: QuantConfig | str | Mapping[str, Any]) -> QuantConfig:
+    """A QuantConfig from itself, a preset's name, or a dict of fields."""
+    if isinstance(config, QuantConfig):
+        return config
+    if isinstance(config, str):
+        return QuantConfig.preset(config)
+    if isinstance(config, Mapping):
+        return QuantConfig.from_dict(config)
+    raise ValueError(
+        f"config must be a QuantConfig, a preset's name ({', '.join(PRESETS)}) or a dict of "
+        f"fields, got {type(config).__name__}"
+    )
+
+
+def _check_bits(value: Any, name: str, float_allowed: bool) -> None:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if is_int and (2 <= value <= 8 or (float_allowed and value == FLOAT_BITS)):
+        return
+    also = f", or {FLOAT_BITS} for floating point" if float_allowed else ""
+    raise ValueError(f"{name} must be an integer from 2 to 8{also}, got {value!r}")
+
+
+def _parse_bits(name: str) -> dict[str, int]:
+    match = re.fullmatch(r"w(\d+)a(\d+)", name) if isinstance(name, str) else None
+    if match is None:
+        raise ValueError(
+            f"unknown preset {name!r}; presets are {', '.join(PRESETS)}, or any w<2..8>a<2..8 or 16>"
+        )
+    return {"w_bits": int(match[1]), "a_bits": int(match[2])}
+
+
+def _checked_overrides(overrides: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(overrides, Mapping):
+        raise ValueError(f"overrides must map globs to fields, got {type(overrides).__name__}")
+    checked: dict[str, dict[str, Any]] = {}
+    for glob, values in overrides.items():
+        if not isinstance(glob, str) or not isinstance(values, Mapping):
+            raise ValueError(f"overrides must map globs to fields, got {glob!r}: {values!r}")
+        for name in values:
+            if name not in _SITE_FIELDS:
+                raise ValueError(
+                    f"overrides[{glob!r}] sets {name!r}; a site can override "
+                    f"{', '.join(_SITE_FIELDS)}"
+                )
+        QuantConfig(**dict(values))  # the fields' own checks
+        checked[glob] = dict(values)
+    return checked

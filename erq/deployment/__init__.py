@@ -1,0 +1,1 @@
+"""Error-reduced weights → packed checkpoint → deployed modules."""

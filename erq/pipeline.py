@@ -1,0 +1,216 @@
+"""quantize(): full-precision model + images → simulated model, every tensor on its b-bit grid.
+
+The model is a list of blocks. Two streams of activations stand at one block boundary, that of the
+full-precision network and that of the network as quantized so far; for each block in order every site
+is calibrated, solved and frozen, then both streams move on (docs/math.md, "Sequential calibration").
+As published (`upstream="float"`), sites are calibrated with full-precision weights and solved on the
+full-precision stream alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from erq.calib.calibrate import RANGE_IMAGES, calibrate_site
+from erq.calib.observers import Run, Stream
+from erq.calib.prepare import insert_simulated
+from erq.calib.reparam import Fold
+from erq.calib.simulate import SimConv2d, SimLinear
+from erq.config import QuantConfig, as_config
+from erq.data import Images, calibration_chunks
+from erq.models import Block, ModelAdapter, Site, adapter_for
+from erq.models.info import QuantizedModelInfo
+from erq.models.patches import patches
+from erq.progress import Progress
+from erq.reduce.gram import Gram
+from erq.reduce.site import SiteReport, solve_site
+
+
+@dataclass
+class _Calibration:
+    """The state of a running quantization."""
+
+    adapter: ModelAdapter
+    config: QuantConfig
+    sim: nn.Module
+    full: nn.Module
+    folds: dict[str, Fold] = field(default_factory=dict)
+    reports: list[SiteReport] = field(default_factory=list)
+
+    def module(self, site: Site) -> nn.Module:
+        return self.sim.get_submodule(site.name)
+
+    def calibrate(self, site: Site, block: Block, run: Run, stream: Stream) -> None:
+        """Fit the activation quantizers of a site, once for all layers behind one norm."""
+        module = self.module(site)
+        if isinstance(module, SimLinear) and module.x_params is not None:
+            return
+        group = [self.module(s) for s in block.sites if s == site or s.norm == site.norm]
+        linears = [m for m in group if isinstance(m, SimLinear)] if site.norm else []
+        if isinstance(module, SimLinear) and not linears:
+            linears = [module]
+        fold = calibrate_site(
+            site, self.sim, run, stream, linears, self.config.for_site(site.name)
+        )
+        if fold is not None and site.norm is not None:
+            self.folds[site.norm] = fold
+
+    def solve(
+        self, site: Site, run: Run, stream: Stream, run_full: Run, full: Stream
+    ) -> None:
+        """Gather a site's Gram matrices over the streams and solve it."""
+        module = self.module(site)
+        assert isinstance(module, SimLinear | SimConv2d)
+        fold = self.folds.get(site.norm) if site.norm is not None else None
+        conv = isinstance(module, SimConv2d)
+        params = None if conv else module.x_params
+        gram = Gram(module.weight.shape[1], module.weight.device)
+        batch_rows = False
+        reference_site = self.full.get_submodule(site.name)
+        same = self.config.upstream == "float"
+        own = full.inputs(run_full, reference_site) if same else stream.inputs(run, module)
+        other = None if same or conv else full.inputs(run_full, reference_site)
+        for (x,) in own:
+            if conv:
+                x = patches(x, module.kernel_size)
+            batch_rows = x.dim() == 2
+            upstream = None
+            if other is not None:
+                (upstream,) = next(other)
+            if fold is not None and same:
+                x = fold.apply(x)
+            elif fold is not None and upstream is not None:
+                upstream = fold.apply(upstream)
+            gram.add(x, upstream, params)
+        self.reports.append(
+            solve_site(site, module, gram, self.config.for_site(site.name), batch_rows)
+        )
+
+
+def quantize(
+    model: nn.Module,
+    images: Images,
+    config: QuantConfig | str | Mapping[str, Any] = "w4a4",
+    *,
+    progress: bool = False,
+) -> nn.Module:
+    """Quantize a Vision Transformer by ERQ from a few unlabelled images.
+
+    Args:
+        model: a timm model that `erq.models` understands; it is not changed.
+        images: float [N, 3, H, W], already normalised, or an iterable of such batches or of
+            (batch, label); 32 images are usual, labels are ignored.
+        config: a QuantConfig, a preset's name, or a dict of fields.
+        progress: a bar per stage on a terminal, nothing elsewhere.
+
+    Returns:
+        The simulated model, called like `model`; `erq_report` holds the error of every site before
+        and after each step.
+
+    Raises:
+        ValueError: bad images or settings. UnsupportedModelError: a model that is not understood.
+    """
+    settings = as_config(config)
+    adapter = adapter_for(model)
+    arch_kwargs = adapter.describe(model)
+    device = next(model.parameters()).device
+    chunks = calibration_chunks(images, adapter.input_shape(model), device)
+    calibration = {"n": sum(len(c) for c in chunks), "sha256": _digest(chunks)}
+
+    sim = deepcopy(model).float().eval()
+    blocks = insert_simulated(sim, adapter, settings)
+    plain = not model.training and all(p.dtype == torch.float32 for p in model.parameters())
+    full = model if plain else deepcopy(model).float().eval()
+    with torch.no_grad(), _full_fp32():
+        reports = _run(adapter, settings, sim, full, blocks, chunks, progress)
+    sim.erq_info = QuantizedModelInfo(
+        family=adapter.family,
+        architecture=_architecture(model),
+        arch_kwargs=arch_kwargs,
+        pretrained_cfg=_json_able(getattr(model, "pretrained_cfg", None) or {}),
+        config=settings,
+        calibration=calibration,
+        sites=tuple(s for b in blocks for s in b.sites),
+    )
+    sim.erq_report = reports
+    return sim
+
+
+def _run(
+    adapter: ModelAdapter,
+    config: QuantConfig,
+    sim: nn.Module,
+    full: nn.Module,
+    blocks: list[Block],
+    chunks: list[torch.Tensor],
+    progress: bool,
+) -> list[SiteReport]:
+    state = _Calibration(adapter, config, sim, full)
+    stream, full_stream = Stream(list(chunks)), Stream(list(chunks))
+    sequential = config.upstream == "quantized"
+    if not sequential:
+        stream = stream.head(RANGE_IMAGES)
+    with Progress(sum(len(b.sites) for b in blocks), enabled=progress) as bar:
+        for index, block in enumerate(blocks):
+            run: Run = partial(adapter.run_block, sim, index)
+            run_full: Run = partial(adapter.run_block, full, index)
+            for site in block.sites:
+                bar.update(site.name)
+                state.calibrate(site, block, run, stream)
+                if sequential and site.kind in ("linear", "conv"):
+                    state.solve(site, run, stream, run_full, full_stream)
+            last = index == len(blocks) - 1
+            if not last:
+                stream.advance(run)
+            if not sequential:
+                for site in block.sites:
+                    if site.kind in ("linear", "conv"):
+                        state.solve(site, run, stream, run_full, full_stream)
+            if not last:
+                full_stream.advance(run_full)
+    return state.reports
+
+
+def _architecture(model: nn.Module) -> str:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return str(cfg.get("architecture") or type(model).__name__)
+
+
+def _json_able(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a data config that JSON can hold, tuples as lists."""
+    plain = (str, int, float, bool, type(None))
+    out = {}
+    for name, value in values.items():
+        if isinstance(value, plain):
+            out[name] = value
+        elif isinstance(value, list | tuple) and all(isinstance(v, plain) for v in value):
+            out[name] = list(value)
+    return out
+
+
+def _digest(chunks: list[torch.Tensor]) -> str:
+    """SHA-256 of the calibration images' fp32 bytes, in order."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _full_fp32() -> Iterator[None]:
+    """Full fp32 matmuls on GPUs while ranges and Gram matrices are measured."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,15 @@
+"""What a quantizer is: values (`params`), the maps they define (`functional`), their fit (`fit`)."""
+
+from erq.quant.functional import dequantize, fake_quantize, quantize
+from erq.quant.params import AffineParams, DualAffineParams, LogParams, Params, WeightParams
+
+__all__ = [
+    "AffineParams",
+    "DualAffineParams",
+    "LogParams",
+    "Params",
+    "WeightParams",
+    "dequantize",
+    "fake_quantize",
+    "quantize",
+]

@@ -1,0 +1,226 @@
+"""Params from samples: the percentile search that keeps the clipping range of least squared error.
+
+For each percentile p the range is [quantile(x, 1 − p), quantile(x, p)]; the p whose quantizer has the
+smallest mean squared error wins, row by row, all rows and percentiles at once. Source: method.md of
+RepQ-ViT's and ERQ's calibration (`init_quantization_scale`); derivation in docs/math.md.
+"""
+
+from __future__ import annotations
+
+
+import torch
+from torch import Tensor
+
+from erq.quant.functional import dequantize, quantize
+from erq.quant.params import AffineParams, DualAffineParams, LogParams, check_bits
+
+ACTIVATION_PERCENTILES = (0.999, 0.9999, 0.99999)
+WEIGHT_PERCENTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 0.99999, 1.0)
+
+# A range narrower than this share of its largest magnitude is a constant to a b-bit quantizer: its
+# zero point would outgrow what fp32 adds exactly.
+_CONSTANT = 1e-4
+# Elements of one slice while errors are summed: bounds the temporaries to some tens of MB.
+_SLICE = 1 << 22
+
+
+def tail_quantiles(rows: Tensor, percentiles: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Upper and lower quantiles of each row, by linear interpolation as torch.quantile defines them.
+
+    Args:
+        rows: fp32 [R, n].
+        percentiles: each in (0.5, 1].
+
+    Returns:
+        hi, lo: fp32 [P, R], the quantiles at p and at 1 − p. Only the tails are sorted.
+    """
+    n = rows.shape[1]
+    depth = [(1.0 - p) * (n - 1) for p in percentiles]  # distance from the end, in elements
+    k = min(n, int(max(depth)) + 2)
+
+    def at(tail: Tensor) -> Tensor:
+        out = []
+        for d in depth:
+            i = int(d)
+            j = min(i + 1, k - 1)
+            out.append(torch.lerp(tail[:, i], tail[:, j], d - i))
+        return torch.stack(out)
+
+    top = torch.topk(rows, k, dim=1, largest=True).values
+    bottom = torch.topk(rows, k, dim=1, largest=False).values
+    return at(top), at(bottom)
+
+
+def _affine_from_range(lo: Tensor, hi: Tensor, bits: int, centered_int8: bool) -> AffineParams:
+    """Asymmetric params of [lo, hi] per row; ranges that no code could use are mended.
+
+    A constant range is widened to contain 0. With `centered_int8` so is a range whose
+    code − zero_point would not fit int8 (a row far from 0), and 8 bits become symmetric.
+    """
+    top = 2**bits - 1
+    magnitude = torch.maximum(lo.abs(), hi.abs())
+    if centered_int8 and bits == 8:
+        scale = torch.maximum(hi / 127, -lo / 128)
+        zero_point = torch.full_like(scale, 128.0)
+    else:
+        constant = (hi - lo) <= _CONSTANT * magnitude
+        lo = torch.where(constant, lo.clamp(max=0), lo)
+        hi = torch.where(constant, hi.clamp(min=0), hi)
+        scale = (hi - lo) / top
+        zero_point = (-lo / scale).round()
+        if centered_int8:
+            far = (zero_point > 128) | (zero_point < top - 127)
+            lo, hi = torch.where(far, lo.clamp(max=0), lo), torch.where(far, hi.clamp(min=0), hi)
+            scale = (hi - lo) / top
+            zero_point = (-lo / scale).round()
+    dead = ~(scale > torch.finfo(torch.float32).tiny * 1e4)
+    if bool(dead.any()):
+        # All zero: any scale is exact; a neighbour's keeps per-channel folding well conditioned.
+        alive = scale[~dead]
+        scale = scale.masked_fill(dead, float(alive.median()) if alive.numel() else 1.0)
+        fallback = float(zero_point[~dead].median()) if alive.numel() else 0.0
+        zero_point = zero_point.masked_fill(dead, fallback)
+    return AffineParams(scale, zero_point.to(torch.int32), bits)
+
+
+def _squared_error(rows: Tensor, params: AffineParams) -> Tensor:
+    """Sum of squared quantization errors per row, fp32 [R]."""
+    step = max(1, _SLICE // rows.shape[0])
+    total = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
+    scale, zero = params.scale[:, None], params.zero_point[:, None].float()
+    inv, top = scale.reciprocal(), float(2**params.bits - 1)
+    for start in range(0, rows.shape[1], step):
+        x = rows[:, start : start + step]
+        # In place and in floats: this is the inner loop of calibration. Same arithmetic as
+        # `quantize`, whose codes are whole numbers that fp32 holds exactly.
+        y = (x * inv).round_().add_(zero).clamp_(0.0, top).sub_(zero).mul_(scale).sub_(x)
+        total += y.square_().sum(dim=1, dtype=torch.float64)
+    return total
+
+
+def fit_rows(
+    rows: Tensor, bits: int, percentiles: tuple[float, ...], centered_int8: bool = False
+) -> AffineParams:
+    """Affine params of least squared error for each row.
+
+    Args:
+        rows: fp32 [R, n], n >= 1.
+        bits: 2..8.
+        percentiles: candidates, tried in this order; the first of equals wins.
+        centered_int8: hold code − zero_point within int8, as weight kernels need.
+
+    Returns:
+        AffineParams with scale and zero_point [R].
+    """
+    check_bits(bits)
+    rows = rows.detach().float()
+    hi, lo = tail_quantiles(rows, percentiles)
+    best = _affine_from_range(lo[0], hi[0], bits, centered_int8)
+    error = _squared_error(rows, best)
+    scale, zero_point = best.scale.clone(), best.zero_point.clone()
+    for p in range(1, len(percentiles)):
+        candidate = _affine_from_range(lo[p], hi[p], bits, centered_int8)
+        candidate_error = _squared_error(rows, candidate)
+        better = candidate_error < error
+        error = torch.where(better, candidate_error, error)
+        scale = torch.where(better, candidate.scale, scale)
+        zero_point = torch.where(better, candidate.zero_point, zero_point)
+    return AffineParams(scale, zero_point, bits)
+
+
+def fit_tensor(x: Tensor, bits: int) -> AffineParams:
+    """Affine params (scale and zero point 0-d) for a whole activation tensor of any shape."""
+    params = fit_rows(x.reshape(1, -1), bits, ACTIVATION_PERCENTILES)
+    return AffineParams(params.scale[0], params.zero_point[0], bits)
+
+
+def fit_channels(x: Tensor, bits: int) -> AffineParams:
+    """Affine params [C] for an activation [..., C], one pair for each channel of the last dim."""
+    rows = x.reshape(-1, x.shape[-1]).t().contiguous()
+    return fit_rows(rows, bits, ACTIVATION_PERCENTILES)
+
+
+def fit_weight(weight: Tensor, bits: int) -> AffineParams:
+    """Affine params [N] for the rows of a weight [N, K]; code − zero_point fits int8."""
+    return fit_rows(weight, bits, WEIGHT_PERCENTILES, centered_int8=True)
+
+
+def outlier_columns(weight: Tensor) -> Tensor:
+    """The input channels that hold most rows' extreme weights: DUQ's outlier columns.
+
+    A row hits the columns above its 99th percentile of positive or below its 1st percentile of
+    negative entries; the N // 20 columns with most hits are chosen, among equals the one hit by the
+    earlier row, then the lower index.
+
+    Args:
+        weight: fp32 [N, K].
+
+    Returns:
+        int64 [S], sorted, S = min(N // 20, columns hit at all, K − 1); empty if N < 20.
+    """
+    w = weight.detach().float()
+
+    def threshold(sign: float) -> Tensor:
+        # 99th percentile of the positive entries of sign·w, per row: sort them to the front.
+        x = (sign * w).masked_fill(sign * w <= 0, float("-inf"))
+        count = (x > 0).sum(dim=1)
+        ordered = x.sort(dim=1, descending=True).values
+        depth = 0.01 * (count - 1).clamp(min=0).double()
+        i = depth.long()
+        j = torch.minimum(i + 1, (count - 1).clamp(min=0))
+        upper = ordered.gather(1, i[:, None])[:, 0].double()
+        lower = ordered.gather(1, j[:, None])[:, 0].double()
+        value = upper + (depth - i) * (lower - upper)
+        # A row of one sign has no threshold on the other side, hence no hit there.
+        return torch.where(count > 0, value, torch.full_like(value, float("inf")))
+
+    hit = (w > threshold(1.0)[:, None]) | (-w > threshold(-1.0)[:, None])
+    rows = weight.shape[0]
+    count = hit.sum(dim=0)
+    index = torch.arange(rows, device=w.device)[:, None].expand_as(hit)
+    first = torch.where(hit, index, rows).amin(dim=0)
+    size = min(rows // 20, int((count > 0).sum()), weight.shape[1] - 1)
+    order = torch.sort(count * (rows + 1) - first, descending=True, stable=True).indices
+    return order[:size].sort().values
+
+
+def fit_dual_weight(
+    weight: Tensor, bits: int, columns: Tensor | None = None
+) -> AffineParams | DualAffineParams:
+    """Dual params for a weight [N, K]: one scale pair per row for the outlier columns, one for the rest.
+
+    Args:
+        columns: int64 [S] sorted, or None to choose them (`outlier_columns`).
+
+    Returns:
+        DualAffineParams, or plain AffineParams where no outlier column exists (N < 20).
+    """
+    columns = outlier_columns(weight) if columns is None else columns
+    if not len(columns):
+        return fit_weight(weight, bits)
+    rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    rest[columns] = False
+    return DualAffineParams(
+        fit_weight(weight[:, columns], bits), fit_weight(weight[:, rest], bits), columns
+    )
+
+
+def fit_softmax(p: Tensor, bits: int, zero_last: bool = True) -> LogParams:
+    """Log-√2 params for softmax outputs of any shape, in [0, 1]."""
+    check_bits(bits)
+    flat = p.detach().float().reshape(1, -1)
+    candidates = tail_quantiles(flat, ACTIVATION_PERCENTILES)[0][:, 0]
+    best: LogParams | None = None
+    best_error = float("inf")
+    for scale in candidates:
+        params = LogParams(scale.clamp(min=1e-6), bits, zero_last)
+        error = sum(
+            float((dequantize(quantize(x, params), params) - x).square().sum())
+            for x in flat[0].split(_SLICE)
+        )
+        if best is None or error < best_error:
+            best, best_error = params, error
+    assert best is not None
+    return best
+
+

@@ -1,0 +1,1 @@
+"""Calibrated quantizers → error-reduced weights: Gram matrices, ridge solves, rounding."""

@@ -1,0 +1,112 @@
+"""One streamed pass over a layer's rows: all that error reduction needs of the data.
+
+With A = [Q(X) | 1] the quantized inputs and E = X − Q(X) their error against full precision, three
+matrices are enough, whatever the number of images (docs/math.md): G = AᵀA, C = AᵀE, P = EᵀE.
+H = Aᵀ[X | 1] of the paper's form is G + [C | 0]; C itself is the better conditioned of the two.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from erq.quant import AffineParams
+from erq_kernels import reference
+from erq_kernels.formats import code_offset
+
+
+class Gram:
+    """Sums over rows, in fp64.
+
+    Args:
+        columns: D, the layer's input channels; matrices are [D + 1, D + 1], [D + 1, D], [D, D].
+
+    Attributes:
+        g, c, p: the matrices above. rows: how many rows they sum over.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        def zeros(a: int, b: int) -> Tensor:
+            return torch.zeros(a, b, dtype=torch.float64, device=device)
+
+        self.columns = columns
+        self.rows = 0
+        self.g = zeros(columns + 1, columns + 1)
+        self.c = zeros(columns + 1, columns)
+        self.p = zeros(columns, columns)
+
+    def add(self, x: Tensor, upstream: Tensor | None, params: AffineParams | None) -> None:
+        """Add a chunk of rows.
+
+        Args:
+            x: float [..., D], the layer's input in the network that feeds it.
+            upstream: float [..., D], the same rows in the full-precision network; None: x itself.
+            params: the activation quantizer, or None if the layer sees x unquantized.
+        """
+        rows = x.reshape(-1, self.columns).float()
+        full = rows if upstream is None else upstream.reshape(-1, self.columns).float()
+        if params is None:
+            a = rows
+            self._add_g(rows.t() @ rows, rows.sum(dim=0), len(rows), 1.0)
+        else:
+            codes = reference.quantize(rows, params.inv_scale, params.zero_point, params.bits)
+            shift = params.zero_point - code_offset(params.bits)
+            self._add_codes(codes, shift, params.scale)
+            a = (codes.float() - shift) * params.scale  # a 0-d int32 would not widen int8
+        self.rows += len(rows)
+        if params is None and upstream is None:
+            return
+        error = full - a
+        self.c[:-1] += a.t() @ error
+        self.c[-1] += error.sum(dim=0)
+        self.p += error.t() @ error
+
+    def _add_codes(self, codes: Tensor, shift: Tensor, scale: Tensor) -> None:
+        # On codes q the products are exact integers, and int8 GEMMs are the fastest there are;
+        # (q − z)ᵀ(q − z) follows from qᵀq and the column sums. 2**17 rows of 8-bit codes stay
+        # inside int32.
+        for part in codes.split(1 << 16):
+            columns = part.t().contiguous()
+            product = reference.int_matmul(columns, columns).double()
+            total = columns.sum(dim=1, dtype=torch.int64).double()
+            z, n = shift.double(), len(part)
+            centered = product - z * (total[:, None] + total[None, :]) + n * z * z
+            self._add_g(centered, total - n * z, n, float(scale))
+
+    def _add_g(self, product: Tensor, total: Tensor, rows: int, scale: float) -> None:
+        self.g[:-1, :-1] += product.double() * (scale * scale)
+        self.g[-1, :-1] += total.double() * scale
+        self.g[:-1, -1] += total.double() * scale
+        self.g[-1, -1] += rows
+
+
+
+class OutputError:
+    """‖Y − A Ŵᵀ‖² / ‖Y‖² of a layer's output Y = [X | 1] Wᵀ, for any weight Ŵ in its place.
+
+    With δ = W − Ŵ the error is δGδᵀ + 2 δCWᵀ + WPWᵀ; all but δ is known beforehand. A report, not
+    part of any solve: products in fp32.
+
+    Args:
+        gram: statistics of the layer. full: fp64 [N, D + 1], full-precision weight, bias last.
+    """
+
+    def __init__(self, gram: Gram, full: Tensor) -> None:
+        w = full[:, :-1].float()
+        self._full = full
+        self._g = gram.g.float()
+        self._cross = w @ gram.c.float().t()
+        self._base = float(((w @ gram.p.float()) * w).sum(dtype=torch.float64))
+        second = gram.g.clone()
+        second[:-1, :-1] += gram.c[:-1] + gram.c[:-1].t() + gram.p
+        second[-1, :-1] += gram.c[-1]
+        second[:-1, -1] += gram.c[-1]
+        f = full.float()
+        total = float(((f @ second.float()) * f).sum(dtype=torch.float64))
+        self._total = max(total, torch.finfo(torch.float32).tiny)
+
+    def of(self, weight: Tensor) -> float:
+        """Relative squared error with `weight`, fp64 [N, D + 1], in use."""
+        delta = (self._full - weight).float()
+        change = ((delta @ self._g + 2 * self._cross) * delta).sum(dtype=torch.float64)
+        return max(self._base + float(change), 0.0) / self._total

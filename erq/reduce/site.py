@@ -1,0 +1,113 @@
+"""Solve one site: Aqer, the weight's quantizer, Wqer (or a baseline), and the error after each."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erq.calib.simulate import SimConv2d, SimLinear
+from erq.config import QuantConfig
+from erq.models import Site
+from erq.quant import DualAffineParams, WeightParams, dequantize, quantize
+from erq.quant.fit import fit_dual_weight, fit_weight
+from erq.reduce.aqer import aqer
+from erq.reduce.gptq import gptq
+from erq.reduce.gram import Gram, OutputError
+from erq.reduce.ridge import ridge_strength
+from erq.reduce.wqer import wqer
+
+_OFFICIAL_HEAD_RIDGE = 0.1
+_OFFICIAL_CONV_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What was done at a site and what it cost.
+
+    Args:
+        name, kind: the site. w_bits, a_bits: its widths (16: float). scheme: affine or dual.
+        error_float: relative squared output error on the calibration rows with the original
+            weight, from activation quantization and the quantized upstream alone.
+        error_aqer: the same after Aqer. error_nearest: with that weight rounded to nearest.
+        error_final: with the codes that are kept.
+    """
+
+    name: str
+    kind: str
+    w_bits: int
+    a_bits: int
+    scheme: str
+    error_float: float
+    error_aqer: float
+    error_nearest: float
+    error_final: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields."""
+        return asdict(self)
+
+
+def fit_site_weight(weight: Tensor, site: Site, config: QuantConfig) -> WeightParams:
+    """The weight quantizer [N, K] a site gets: dual behind a LayerNorm, else affine."""
+    if config.dual and config.method != "rtn" and site.norm is not None:
+        return fit_dual_weight(weight, config.w_bits)
+    return fit_weight(weight, config.w_bits)
+
+
+@torch.no_grad()
+def solve_site(
+    site: Site, module: SimLinear | SimConv2d, gram: Gram, config: QuantConfig, batch_rows: bool
+) -> SiteReport:
+    """Put the module's weight on its b-bit grid with the least output error, and freeze it.
+
+    Args:
+        gram: statistics of what enters the site.
+        config: the site's own settings.
+        batch_rows: one row per image (a head), which the official λ treats apart.
+
+    Returns:
+        Errors before and after every step.
+    """
+    has_bias = module.bias is not None
+    zero = torch.zeros(len(module.weight), device=module.weight.device)
+    bias = zero if module.bias is None else module.bias
+    original = torch.cat([module.weight, bias[:, None]], dim=1).double()
+    official = config.ridge_scale == "sum"
+    error = OutputError(gram, original)
+    errors = {"error_float": error.of(original)}
+
+    weight = original
+    if config.method == "erq" and config.aqer and bool((gram.c != 0).any()):
+        value = _OFFICIAL_HEAD_RIDGE if official and batch_rows else config.ridge_act
+        strength = ridge_strength(gram.g, value, config.ridge_scale)
+        weight = aqer(gram, original, strength, has_bias)
+    errors["error_aqer"] = error.of(weight)
+
+    params = fit_site_weight(weight[:, :-1].float(), site, config)
+    codes = quantize(weight[:, :-1].float(), params)
+    nearest = torch.cat([dequantize(codes, params).double(), weight[:, -1:]], dim=1)
+    errors["error_nearest"] = error.of(nearest)
+
+    new_bias = weight[:, -1]
+    if config.method == "gptq":
+        codes = gptq(gram, weight[:, :-1], params)
+    elif config.method == "erq" and config.wqer:
+        conv = site.kind == "conv"
+        value = config.ridge_weight * (_OFFICIAL_CONV_FACTOR if official and conv else 1.0)
+        strength = ridge_strength(gram.g, value, config.ridge_scale)
+        refine = "off" if official and conv else config.refine
+        codes, new_bias = wqer(gram, weight, params, strength, refine, has_bias)
+    final = torch.cat([dequantize(codes, params).double(), new_bias[:, None]], dim=1)
+    errors["error_final"] = error.of(final)
+
+    module.w_params = params
+    module.set_weight(dequantize(codes, params), new_bias.float() if has_bias else None)
+    module.freeze()
+    a_bits = 16
+    if isinstance(module, SimLinear) and module.x_params is not None:
+        a_bits = module.x_params.bits
+    scheme = "dual" if isinstance(params, DualAffineParams) else "affine"
+    return SiteReport(site.name, site.kind, config.w_bits, a_bits, scheme, **errors)

@@ -1,0 +1,171 @@
+"""How codes lie in memory: the dense bit stream of files, and the layout that integer GEMMs read.
+
+Codes of b bits are whole numbers 0..2**b − 1. In tensors they are int8: the code itself for
+b <= 7, code − 128 for b = 8 (`code_offset`), since int8 is what tensor cores multiply.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def code_offset(bits: int) -> int:
+    """What is subtracted from a code so that it fits int8: 128 for 8 bits, else 0."""
+    return 128 if bits == 8 else 0
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes of `count` codes of `bits` bits in the dense stream."""
+    return (count * bits + 7) // 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Dense row-major bit stream of codes: code i starts at bit i·bits, least significant first.
+
+    Args:
+        codes: integer tensor of any shape, every value in 0..2**bits − 1.
+        bits: 1..8.
+
+    Returns:
+        uint8 [ceil(numel · bits / 8)]; unused bits of the last byte are 0.
+
+    Raises:
+        ValueError: a code outside its range.
+    """
+    flat = codes.reshape(-1).to(torch.int64)
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << bits):
+        raise ValueError(
+            f"codes of {bits} bits must lie in 0..{(1 << bits) - 1}, "
+            f"got {int(flat.min())}..{int(flat.max())}"
+        )
+    # Eight codes fill exactly `bits` bytes: one 64-bit word each.
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)
+    shifts = torch.arange(8, device=flat.device) * bits
+    words = (padded << shifts).sum(dim=1)
+    out = (words[:, None] >> (torch.arange(bits, device=flat.device) * 8)) & 0xFF
+    return out.to(torch.uint8).reshape(-1)[: packed_size(flat.numel(), bits)].contiguous()
+
+
+def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """Codes of a dense bit stream.
+
+    Args:
+        packed: uint8 [ceil(prod(shape) · bits / 8)].
+
+    Returns:
+        uint8 codes of `shape`, each 0..2**bits − 1.
+
+    Raises:
+        ValueError: a stream whose length does not fit the shape.
+    """
+    count = 1
+    for n in shape:
+        count *= n
+    if packed.dtype != torch.uint8 or packed.numel() != packed_size(count, bits):
+        raise ValueError(
+            f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes (uint8), got "
+            f"{packed.numel()} of {packed.dtype}"
+        )
+    padded = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).reshape(-1, bits)
+    words = (padded.to(torch.int64) << (torch.arange(bits, device=packed.device) * 8)).sum(dim=1)
+    codes = (words[:, None] >> (torch.arange(8, device=packed.device) * bits)) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).reshape(-1)[:count].reshape(shape)
+
+
+def k_order(columns: Tensor | None, k: int) -> Tensor:
+    """Order of the input channels in which a GEMM reads them: outlier columns first.
+
+    Args:
+        columns: int64 [S] sorted outlier columns, or None.
+        k: number of input channels.
+
+    Returns:
+        int64 [k]: position → input channel, the S outlier columns, then the rest in order.
+    """
+    if columns is None:
+        return torch.arange(k)
+    rest = torch.ones(k, dtype=torch.bool, device=columns.device)
+    rest[columns] = False
+    return torch.cat([columns, rest.nonzero()[:, 0]])
+
+
+@dataclass(frozen=True)
+class GemmOperands:
+    """What `qlinear` reads besides the activation codes.
+
+    Args:
+        weight: int8 [N, K], code − zero_point, columns in `order`.
+        scale: fp32 [N], activation scale · weight scale of the first segment.
+        scale2: fp32 [N] of the second segment, or None.
+        split: length of the first segment; K without a second one.
+        bias: fp32 [N], the layer's bias with the activation zero point folded in.
+        order: int64 [K], position → input channel, or None for natural order.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    scale2: Tensor | None
+    split: int
+    bias: Tensor
+    order: Tensor | None
+
+
+def gemm_operands(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    x_bits: int,
+    scale2: Tensor | None = None,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> GemmOperands:
+    """GEMM layout of a quantized linear layer; simulation and deployment both run on it.
+
+    Args:
+        codes: uint8 [N, K], natural column order.
+        scale, zero_point: fp32 / int32 [N] of all columns but `columns`.
+        bias: fp32 [N] or None.
+        x_scale, x_zero_point, x_bits: the activation quantizer, per tensor.
+        scale2, zero_point2: fp32 / int32 [N] of the outlier `columns`, or None.
+        columns: int64 [S], or None.
+
+    Raises:
+        ValueError: a code − zero_point outside int8.
+    """
+    n, k = codes.shape
+    order = None if columns is None else k_order(columns, k)
+    split = k if columns is None else len(columns)
+    ordered = codes if order is None else codes[:, order]
+    centered = ordered.to(torch.int32)
+    if columns is None:
+        centered = centered - zero_point[:, None]
+        first, second = scale, None
+    else:
+        assert scale2 is not None and zero_point2 is not None
+        centered = torch.cat(
+            [centered[:, :split] - zero_point2[:, None], centered[:, split:] - zero_point[:, None]],
+            dim=1,
+        )
+        first, second = scale2, scale
+    if n and k and (int(centered.min()) < -128 or int(centered.max()) > 127):
+        raise ValueError(
+            "weight code − zero_point must fit int8 (−128..127), got "
+            f"{int(centered.min())}..{int(centered.max())}; fit the weight with centered_int8"
+        )
+    # The stored activation code is q − offset and x = (q − z)·s, so every output carries the
+    # constant −(z − offset)·Σ_k w' per segment. fp64, rounded once.
+    shift = (x_zero_point - code_offset(x_bits)).double()
+    folded = torch.zeros(n, dtype=torch.float64, device=codes.device) if bias is None else bias
+    folded = folded.double()
+    m1 = x_scale * first
+    folded = folded - shift * m1.double() * centered[:, :split].sum(dim=1).double()
+    m2 = None if second is None else x_scale * second
+    if m2 is not None:
+        folded = folded - shift * m2.double() * centered[:, split:].sum(dim=1).double()
+    return GemmOperands(centered.to(torch.int8), m1, m2, split, folded.float(), order)

@@ -1,0 +1,400 @@
+"""THE contract: every op's schema, argument checks, shape function and meaning.
+
+Each op is registered once as `torch.ops.erq.<name>` and dispatched by `erq_kernels.dispatch`; the last
+argument `backend` forces one. The arithmetic is defined in `erq_kernels.reference`, the layouts in
+`erq_kernels.formats`. All tensors of one call live on one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erq_kernels import dispatch, formats, reference
+
+ACTIVATIONS = ("none", "gelu", "gelu_tanh")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_codes(name: str, x: Tensor, dim: int | None = None) -> None:
+    _require(x.dtype == torch.int8, f"{name} must hold int8 codes, got {x.dtype}")
+    if dim is not None:
+        _require(x.dim() == dim, f"{name} must have {dim} dimensions, got {list(x.shape)}")
+
+
+def _check_bits(bits: int) -> None:
+    _require(2 <= bits <= 8, f"bits must be from 2 to 8, got {bits}")
+
+
+def _check_quantizer(inv_scale: Tensor, zero_point: Tensor, columns: int, name: str) -> None:
+    _require(
+        inv_scale.dtype == torch.float32 and zero_point.dtype == torch.int32,
+        f"{name}: inv_scale must be float32 and zero_point int32, got {inv_scale.dtype} and "
+        f"{zero_point.dtype}",
+    )
+    _require(
+        inv_scale.shape == zero_point.shape and tuple(inv_scale.shape) in ((), (columns,)),
+        f"{name}: inv_scale and zero_point must both be [] or [{columns}], got "
+        f"{list(inv_scale.shape)} and {list(zero_point.shape)}",
+    )
+
+
+def _check_rows(name: str, x: Tensor | None, rows: int) -> None:
+    if x is not None:
+        _require(tuple(x.shape) == (rows,), f"{name} must be [{rows}], got {list(x.shape)}")
+
+
+@torch.library.custom_op("erq::quantize", mutates_args=())
+def quantize(
+    x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int, backend: str = "auto"
+) -> Tensor:
+    """Codes of a float tensor; see `reference.quantize`.
+
+    Args:
+        x: float [..., C]. inv_scale: fp32 [] or [C]. zero_point: int32, same shape. bits: 2..8.
+
+    Returns:
+        int8 [..., C].
+
+    Raises:
+        ValueError: an argument that is not the above.
+    """
+    _check_bits(bits)
+    _require(x.is_floating_point(), f"quantize takes a float tensor, got {x.dtype}")
+    _check_quantizer(inv_scale, zero_point, x.shape[-1] if x.dim() else 1, "quantize")
+    return dispatch.call("quantize", backend, x, inv_scale, zero_point, bits)  # type: ignore[no-any-return]
+
+
+@quantize.register_fake
+def _(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int, backend: str = "auto") -> Tensor:
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+
+
+@torch.library.custom_op("erq::layer_norm_quantize", mutates_args=())
+def layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    inv_scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    order: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """LayerNorm, then codes, in the column order of the next GEMM; see `reference.layer_norm_quantize`.
+
+    Args:
+        x: float [M, K]. weight, bias: fp32 [K]. order: int64 [K] or None.
+
+    Returns:
+        int8 [M, K].
+
+    Raises:
+        ValueError: an argument that is not the above.
+    """
+    _check_bits(bits)
+    _require(
+        x.is_floating_point() and x.dim() == 2,
+        f"layer_norm_quantize takes a float [M, K], got {x.dtype} {list(x.shape)}",
+    )
+    k = x.shape[1]
+    _check_rows("weight", weight, k)
+    _check_rows("bias", bias, k)
+    _check_rows("order", order, k)
+    _check_quantizer(inv_scale, zero_point, k, "layer_norm_quantize")
+    args = (x, weight, bias, eps, inv_scale, zero_point, bits, order)
+    return dispatch.call("layer_norm_quantize", backend, *args)  # type: ignore[no-any-return]
+
+
+@layer_norm_quantize.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    inv_scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    order: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+
+
+@torch.library.custom_op("erq::qlinear", mutates_args=())
+def qlinear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    scale2: Tensor | None,
+    split: int,
+    bias: Tensor,
+    act: str = "none",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    out_inv_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_bits: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Integer GEMM over two K segments with its epilogue; see `reference.qlinear`.
+
+    Args:
+        x: int8 codes [M, K], columns in GEMM order. weight: int8 [N, K].
+        scale, scale2, bias, layer_scale: fp32 [N]. split: length of the first K segment.
+        residual: float [M, N]. out_dtype: float16, bfloat16 or float32.
+        out_inv_scale, out_zero_point, out_bits: quantizer of the result, [] or [N].
+
+    Returns:
+        [M, N] of out_dtype, or int8 codes.
+
+    Raises:
+        ValueError: an argument that is not the above.
+    """
+    _check_codes("x", x, 2)
+    _check_codes("weight", weight, 2)
+    n, k = weight.shape
+    _require(x.shape[1] == k, f"x has {x.shape[1]} columns, weight {k}")
+    for name, vector in (("scale", scale), ("scale2", scale2), ("bias", bias)):
+        _check_rows(name, vector, n)
+    _check_rows("layer_scale", layer_scale, n)
+    _require(
+        0 < split < k if scale2 is not None else split == k,
+        f"split must lie inside 1..{k - 1} with scale2 and be {k} without, got {split}",
+    )
+    _require(act in ACTIVATIONS, f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    if residual is not None:
+        _require(
+            tuple(residual.shape) == (x.shape[0], n),
+            f"residual must be [{x.shape[0]}, {n}], got {list(residual.shape)}",
+        )
+    if out_inv_scale is not None:
+        _check_bits(out_bits)
+        _require(out_zero_point is not None, "out_inv_scale needs out_zero_point")
+        assert out_zero_point is not None
+        _check_quantizer(out_inv_scale, out_zero_point, n, "qlinear's output")
+    args = (
+        x, weight, scale, scale2, split, bias, act, layer_scale, residual, out_dtype,
+        out_inv_scale, out_zero_point, out_bits,
+    )  # fmt: skip
+    return dispatch.call("qlinear", backend, *args)  # type: ignore[no-any-return]
+
+
+@qlinear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    scale2: Tensor | None,
+    split: int,
+    bias: Tensor,
+    act: str = "none",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    out_inv_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_bits: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    dtype = out_dtype if out_inv_scale is None else torch.int8
+    return torch.empty((x.shape[0], weight.shape[0]), dtype=dtype, device=x.device)
+
+
+@torch.library.custom_op("erq::qattention", mutates_args=())
+def qattention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_zero_point: Tensor,
+    k_zero_point: Tensor,
+    v_zero_point: Tensor,
+    score_scale: Tensor,
+    p_inv_scale: Tensor,
+    value_scale: Tensor,
+    qk_bits: int,
+    av_bits: int,
+    zero_last: bool = True,
+    bias: Tensor | None = None,
+    out_inv_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_bits: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention on codes; see `reference.qattention`.
+
+    Args:
+        q, k, v: int8 codes [B, H, T, D]. zero points: int32 []. scales: fp32 [].
+        bias: float, broadcastable to [B, H, T, T], or None.
+
+    Returns:
+        fp32 [B, H, T, D], or int8 codes if out_inv_scale is given.
+
+    Raises:
+        ValueError: an argument that is not the above.
+    """
+    for name, codes in (("q", q), ("k", k), ("v", v)):
+        _check_codes(name, codes, 4)
+        _require(
+            codes.shape == q.shape,
+            f"q, k and v must have one shape, got {list(q.shape)} and {list(codes.shape)}",
+        )
+    _check_bits(qk_bits)
+    _check_bits(av_bits)
+    if out_inv_scale is not None:
+        _check_bits(out_bits)
+        _require(out_zero_point is not None, "out_inv_scale needs out_zero_point")
+        assert out_zero_point is not None
+        _check_quantizer(out_inv_scale, out_zero_point, q.shape[-1], "qattention's output")
+    args = (
+        q, k, v, q_zero_point, k_zero_point, v_zero_point, score_scale, p_inv_scale, value_scale,
+        qk_bits, av_bits, zero_last, bias, out_inv_scale, out_zero_point, out_bits,
+    )  # fmt: skip
+    return dispatch.call("qattention", backend, *args)  # type: ignore[no-any-return]
+
+
+@qattention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_zero_point: Tensor,
+    k_zero_point: Tensor,
+    v_zero_point: Tensor,
+    score_scale: Tensor,
+    p_inv_scale: Tensor,
+    value_scale: Tensor,
+    qk_bits: int,
+    av_bits: int,
+    zero_last: bool = True,
+    bias: Tensor | None = None,
+    out_inv_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_bits: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    dtype = torch.float32 if out_inv_scale is None else torch.int8
+    return torch.empty(q.shape, dtype=dtype, device=q.device)
+
+
+@torch.library.custom_op("erq::dequant_linear", mutates_args=())
+def dequant_linear(
+    x: Tensor,
+    packed: Tensor,
+    bits: int,
+    scale: Tensor,
+    zero_point: Tensor,
+    scale2: Tensor | None = None,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Weight-only linear layer on packed codes; see `reference.dequant_linear`.
+
+    Args:
+        x: float [M, K]. packed: uint8 dense bit stream of codes [N, K].
+        scale, zero_point: fp32 / int32 [N]; scale2, zero_point2: those of `columns`. bias: [N].
+
+    Returns:
+        [M, N] of x's dtype.
+
+    Raises:
+        ValueError: an argument that is not the above.
+    """
+    _check_bits(bits)
+    _require(
+        x.is_floating_point() and x.dim() == 2,
+        f"dequant_linear takes a float [M, K], got {x.dtype} {list(x.shape)}",
+    )
+    n = scale.shape[0]
+    size = formats.packed_size(n * x.shape[1], bits)
+    _require(
+        packed.dtype == torch.uint8 and packed.numel() == size,
+        f"packed must hold {n}×{x.shape[1]} codes of {bits} bits in {size} bytes, got "
+        f"{packed.numel()} of {packed.dtype}",
+    )
+    _check_rows("zero_point", zero_point, n)
+    _check_rows("bias", bias, n)
+    dual = [t is not None for t in (scale2, zero_point2, columns)]
+    _require(all(dual) or not any(dual), "scale2, zero_point2 and columns come together")
+    args = (x, packed, bits, scale, zero_point, scale2, zero_point2, columns, bias)
+    return dispatch.call("dequant_linear", backend, *args)  # type: ignore[no-any-return]
+
+
+@dequant_linear.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    bits: int,
+    scale: Tensor,
+    zero_point: Tensor,
+    scale2: Tensor | None = None,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    return x.new_empty((x.shape[0], scale.shape[0]))
+
+
+@torch.library.custom_op("erq::pack", mutates_args=())
+def pack(codes: Tensor, bits: int, backend: str = "auto") -> Tensor:
+    """Dense bit stream of codes; see `formats.pack`.
+
+    Args:
+        codes: integers of any shape in 0..2**bits − 1.
+
+    Returns:
+        uint8 [ceil(numel · bits / 8)].
+    """
+    return dispatch.call("pack", backend, codes, bits)  # type: ignore[no-any-return]
+
+
+@pack.register_fake
+def _(codes: Tensor, bits: int, backend: str = "auto") -> Tensor:
+    size = formats.packed_size(codes.numel(), bits)
+    return torch.empty(size, dtype=torch.uint8, device=codes.device)
+
+
+@torch.library.custom_op("erq::unpack", mutates_args=())
+def unpack(packed: Tensor, bits: int, shape: Sequence[int], backend: str = "auto") -> Tensor:
+    """Codes of a dense bit stream; see `formats.unpack`.
+
+    Args:
+        packed: uint8 [ceil(prod(shape) · bits / 8)].
+
+    Returns:
+        uint8 codes of `shape`.
+    """
+    return dispatch.call("unpack", backend, packed, bits, tuple(shape))  # type: ignore[no-any-return]
+
+
+@unpack.register_fake
+def _(packed: Tensor, bits: int, shape: Sequence[int], backend: str = "auto") -> Tensor:
+    return torch.empty(tuple(shape), dtype=torch.uint8, device=packed.device)
+
+
+def _always(*_: Any, **__: Any) -> str | None:
+    return None
+
+
+for _name, _run in {
+    "quantize": reference.quantize,
+    "layer_norm_quantize": reference.layer_norm_quantize,
+    "qlinear": reference.qlinear,
+    "qattention": reference.qattention,
+    "dequant_linear": reference.dequant_linear,
+    "pack": formats.pack,
+    "unpack": formats.unpack,
+}.items():
+    dispatch.register(_name, "reference", _run, _always)
