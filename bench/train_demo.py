@@ -132,7 +132,9 @@ def to_unit_range(images: npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(images).float().div(255).unsqueeze(1)
 
 
-def train(gray: Tensor, labels: Tensor, mean: float, std: float, recipe: Recipe) -> VisionTransformer:
+def train(
+    gray: Tensor, labels: Tensor, mean: float, std: float, recipe: Recipe
+) -> VisionTransformer:
     """Train the demo model from scratch.
 
     Args:
@@ -170,9 +172,7 @@ def train(gray: Tensor, labels: Tensor, mean: float, std: float, recipe: Recipe)
         # The last, shorter batch is dropped: every epoch leaves out other images.
         for index in order[: steps_per_epoch * recipe.batch].split(recipe.batch):
             x = to_model_input(augment(gray[index], recipe, rng), mean, std)
-            loss = F.cross_entropy(
-                model(x), labels[index], label_smoothing=recipe.label_smoothing
-            )
+            loss = F.cross_entropy(model(x), labels[index], label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -184,7 +184,9 @@ def train(gray: Tensor, labels: Tensor, mean: float, std: float, recipe: Recipe)
 
 
 @torch.no_grad()
-def measure_top1(model: VisionTransformer, gray: Tensor, labels: Tensor, mean: float, std: float) -> float:
+def measure_top1(
+    model: VisionTransformer, gray: Tensor, labels: Tensor, mean: float, std: float
+) -> float:
     """Return the share of right answers in percent."""
     logits = torch.cat([model(to_model_input(part, mean, std)) for part in gray.split(128)])
     return 100 * (logits.argmax(1) == labels).float().mean().item()

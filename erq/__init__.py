@@ -1,9 +1,9 @@
 """ERQ: post-training quantization of Vision Transformers to low-bit weights and activations.
 
-    sim = erq.quantize(model, images, "w4a4")     # simulated: every tensor on its b-bit grid
-    net = erq.deploy(sim)                         # packed codes and kernels
-    erq.save(net, "vit.safetensors")
-    net = erq.load("vit.safetensors")
+sim = erq.quantize(model, images, "w4a4")     # simulated: every tensor on its b-bit grid
+net = erq.deploy(sim)                         # packed codes and kernels
+erq.save(net, "vit.safetensors")
+net = erq.load("vit.safetensors")
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from erq._version import __version__
 
 if TYPE_CHECKING:
+    # ruff: noqa: F401 (names for type checkers; at run time __getattr__ finds them)
     from erq.config import QuantConfig
     from erq.deployment.checkpoint import CheckpointError, inspect, load, save
     from erq.deployment.convert import deploy

@@ -69,7 +69,5 @@ def calibration_chunks(
         chunks.extend(c.to(device, torch.float32) for c in checked.split(CHUNK_IMAGES) if len(c))
     count = sum(len(c) for c in chunks)
     if count < 2:
-        raise ValueError(
-            f"calibration needs at least 2 images, 32 are usual, got {count}"
-        )
+        raise ValueError(f"calibration needs at least 2 images, 32 are usual, got {count}")
     return chunks

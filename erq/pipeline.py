@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -45,6 +46,16 @@ class _Calibration:
     full: nn.Module
     folds: dict[str, Fold] = field(default_factory=dict)
     reports: list[SiteReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the wall time of the context to the stage `name`."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
 
     def module(self, site: Site) -> nn.Module:
         return self.sim.get_submodule(site.name)
@@ -58,42 +69,41 @@ class _Calibration:
         linears = [m for m in group if isinstance(m, SimLinear)] if site.norm else []
         if isinstance(module, SimLinear) and not linears:
             linears = [module]
-        fold = calibrate_site(
-            site, self.sim, run, stream, linears, self.config.for_site(site.name)
-        )
+        with self.stage("ranges"):
+            own = self.config.for_site(site.name)
+            fold = calibrate_site(site, self.sim, run, stream, linears, own)
         if fold is not None and site.norm is not None:
             self.folds[site.norm] = fold
 
-    def solve(
-        self, site: Site, run: Run, stream: Stream, run_full: Run, full: Stream
-    ) -> None:
+    def solve(self, site: Site, run: Run, stream: Stream, run_full: Run, full: Stream) -> None:
         """Gather a site's Gram matrices over the streams and solve it."""
         module = self.module(site)
         assert isinstance(module, SimLinear | SimConv2d)
         fold = self.folds.get(site.norm) if site.norm is not None else None
-        conv = isinstance(module, SimConv2d)
-        params = None if conv else module.x_params
+        conv = module if isinstance(module, SimConv2d) else None
+        params = module.x_params if isinstance(module, SimLinear) else None
         gram = Gram(module.weight.shape[1], module.weight.device)
         batch_rows = False
         reference_site = self.full.get_submodule(site.name)
         same = self.config.upstream == "float"
         own = full.inputs(run_full, reference_site) if same else stream.inputs(run, module)
-        other = None if same or conv else full.inputs(run_full, reference_site)
-        for (x,) in own:
-            if conv:
-                x = patches(x, module.kernel_size)
-            batch_rows = x.dim() == 2
-            upstream = None
-            if other is not None:
-                (upstream,) = next(other)
-            if fold is not None and same:
-                x = fold.apply(x)
-            elif fold is not None and upstream is not None:
-                upstream = fold.apply(upstream)
-            gram.add(x, upstream, params)
-        self.reports.append(
-            solve_site(site, module, gram, self.config.for_site(site.name), batch_rows)
-        )
+        other = None if same or conv is not None else full.inputs(run_full, reference_site)
+        with self.stage("gram"):
+            for (x,) in own:
+                if conv is not None:
+                    x = patches(x, conv.kernel_size)
+                batch_rows = x.dim() == 2
+                upstream = None
+                if other is not None:
+                    (upstream,) = next(other)
+                if fold is not None and same:
+                    x = fold.apply(x)
+                elif fold is not None and upstream is not None:
+                    upstream = fold.apply(upstream)
+                gram.add(x, upstream, params)
+        with self.stage("solve"):
+            own_config = self.config.for_site(site.name)
+            self.reports.append(solve_site(site, module, gram, own_config, batch_rows))
 
 
 def quantize(
@@ -114,7 +124,8 @@ def quantize(
 
     Returns:
         The simulated model, called like `model`; `erq_report` holds the error of every site before
-        and after each step.
+        and after each step, `erq_stages` the seconds spent on ranges, Gram matrices, solving and
+        moving the streams.
 
     Raises:
         ValueError: bad images or settings. UnsupportedModelError: a model that is not understood.
@@ -126,12 +137,12 @@ def quantize(
     chunks = calibration_chunks(images, adapter.input_shape(model), device)
     calibration = {"n": sum(len(c) for c in chunks), "sha256": _digest(chunks)}
 
-    sim = deepcopy(model).float().eval()
+    sim: Any = deepcopy(model).float().eval()
     blocks = insert_simulated(sim, adapter, settings)
     plain = not model.training and all(p.dtype == torch.float32 for p in model.parameters())
     full = model if plain else deepcopy(model).float().eval()
     with torch.no_grad(), _full_fp32():
-        reports = _run(adapter, settings, sim, full, blocks, chunks, progress)
+        state = _run(adapter, settings, sim, full, blocks, chunks, progress)
     sim.erq_info = QuantizedModelInfo(
         family=adapter.family,
         architecture=_architecture(model),
@@ -141,7 +152,8 @@ def quantize(
         calibration=calibration,
         sites=tuple(s for b in blocks for s in b.sites),
     )
-    sim.erq_report = reports
+    sim.erq_report = state.reports
+    sim.erq_stages = state.seconds
     return sim
 
 
@@ -153,7 +165,7 @@ def _run(
     blocks: list[Block],
     chunks: list[torch.Tensor],
     progress: bool,
-) -> list[SiteReport]:
+) -> _Calibration:
     state = _Calibration(adapter, config, sim, full)
     stream, full_stream = Stream(list(chunks)), Stream(list(chunks))
     sequential = config.upstream == "quantized"
@@ -170,14 +182,16 @@ def _run(
                     state.solve(site, run, stream, run_full, full_stream)
             last = index == len(blocks) - 1
             if not last:
-                stream.advance(run)
+                with state.stage("advance"):
+                    stream.advance(run)
             if not sequential:
                 for site in block.sites:
                     if site.kind in ("linear", "conv"):
                         state.solve(site, run, stream, run_full, full_stream)
             if not last:
-                full_stream.advance(run_full)
-    return state.reports
+                with state.stage("advance"):
+                    full_stream.advance(run_full)
+    return state
 
 
 def _architecture(model: nn.Module) -> str:
@@ -188,7 +202,7 @@ def _architecture(model: nn.Module) -> str:
 def _json_able(values: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a data config that JSON can hold, tuples as lists."""
     plain = (str, int, float, bool, type(None))
-    out = {}
+    out: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, plain):
             out[name] = value

@@ -40,7 +40,9 @@ class Kernel:
 _kernels: dict[tuple[str, str], Kernel] = {}
 
 
-def register(op: str, backend: str, run: Callable[..., Any], why_not: Callable[..., str | None]) -> None:
+def register(
+    op: str, backend: str, run: Callable[..., Any], why_not: Callable[..., str | None]
+) -> None:
     """Add an implementation of `op` to the table."""
     _kernels[op, backend] = Kernel(run, why_not)
 

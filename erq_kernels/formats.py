@@ -75,21 +75,36 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     return codes.to(torch.uint8).reshape(-1)[:count].reshape(shape)
 
 
-def k_order(columns: Tensor | None, k: int) -> Tensor:
-    """Order of the input channels in which a GEMM reads them: outlier columns first.
+K_ALIGN = 32
+"""Columns that a K segment of the GEMM layout is a multiple of: whole 16-byte loads, whole MMA steps."""
+
+
+def k_order(columns: Tensor | None, k: int) -> tuple[Tensor | None, Tensor | None, int]:
+    """Order in which a GEMM reads the input channels: outlier columns first, segments padded.
 
     Args:
         columns: int64 [S] sorted outlier columns, or None.
         k: number of input channels.
 
     Returns:
-        int64 [k]: position → input channel, the S outlier columns, then the rest in order.
+        order: int64 [K'], position → input channel; at padding any channel, its weight is 0.
+            None if it is the natural order.
+        real: bool [K'], False at padding; None with the natural order.
+        split: length of the first segment, padding included.
     """
+    device = None if columns is None else columns.device
+    everything = torch.arange(k, device=device)
     if columns is None:
-        return torch.arange(k)
-    rest = torch.ones(k, dtype=torch.bool, device=columns.device)
-    rest[columns] = False
-    return torch.cat([columns, rest.nonzero()[:, 0]])
+        segments = [everything]
+    else:
+        rest = torch.ones(k, dtype=torch.bool, device=device)
+        rest[columns] = False
+        segments = [columns, everything[rest]]
+    padded = [torch.nn.functional.pad(s, (0, -len(s) % K_ALIGN), value=-1) for s in segments]
+    order = torch.cat(padded)
+    if columns is None and len(order) == k:
+        return None, None, k
+    return order.clamp(min=0), order >= 0, len(padded[0])
 
 
 @dataclass(frozen=True)
@@ -97,12 +112,12 @@ class GemmOperands:
     """What `qlinear` reads besides the activation codes.
 
     Args:
-        weight: int8 [N, K], code − zero_point, columns in `order`.
+        weight: int8 [N, K'], code − zero_point, columns in `order`, 0 at padding.
         scale: fp32 [N], activation scale · weight scale of the first segment.
         scale2: fp32 [N] of the second segment, or None.
-        split: length of the first segment; K without a second one.
+        split: length of the first segment; K' without a second one.
         bias: fp32 [N], the layer's bias with the activation zero point folded in.
-        order: int64 [K], position → input channel, or None for natural order.
+        order: int64 [K'], position → input channel (`k_order`), or None for natural order.
     """
 
     weight: Tensor
@@ -139,20 +154,16 @@ def gemm_operands(
         ValueError: a code − zero_point outside int8.
     """
     n, k = codes.shape
-    order = None if columns is None else k_order(columns, k)
-    split = k if columns is None else len(columns)
-    ordered = codes if order is None else codes[:, order]
-    centered = ordered.to(torch.int32)
-    if columns is None:
-        centered = centered - zero_point[:, None]
-        first, second = scale, None
-    else:
+    centered = codes.to(torch.int32) - zero_point[:, None]
+    first, second = scale, None
+    if columns is not None:
         assert scale2 is not None and zero_point2 is not None
-        centered = torch.cat(
-            [centered[:, :split] - zero_point2[:, None], centered[:, split:] - zero_point[:, None]],
-            dim=1,
-        )
+        centered[:, columns] = codes[:, columns].to(torch.int32) - zero_point2[:, None]
         first, second = scale2, scale
+    order, real, split = k_order(columns, k)
+    if order is not None and real is not None:
+        order, real = order.to(codes.device), real.to(codes.device)
+        centered = centered[:, order] * real
     if n and k and (int(centered.min()) < -128 or int(centered.max()) > 127):
         raise ValueError(
             "weight code − zero_point must fit int8 (−128..127), got "

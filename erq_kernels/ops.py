@@ -7,7 +7,7 @@ argument `backend` forces one. The arithmetic is defined in `erq_kernels.referen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -92,10 +92,10 @@ def layer_norm_quantize(
     """LayerNorm, then codes, in the column order of the next GEMM; see `reference.layer_norm_quantize`.
 
     Args:
-        x: float [M, K]. weight, bias: fp32 [K]. order: int64 [K] or None.
+        x: float [M, K]. weight, bias: fp32 [K]. order: int64 [K'] or None.
 
     Returns:
-        int8 [M, K].
+        int8 [M, K'], K' = K without an order.
 
     Raises:
         ValueError: an argument that is not the above.
@@ -108,7 +108,10 @@ def layer_norm_quantize(
     k = x.shape[1]
     _check_rows("weight", weight, k)
     _check_rows("bias", bias, k)
-    _check_rows("order", order, k)
+    _require(
+        order is None or (order.dtype == torch.int64 and order.dim() == 1),
+        "order must be an int64 vector of input channels",
+    )
     _check_quantizer(inv_scale, zero_point, k, "layer_norm_quantize")
     args = (x, weight, bias, eps, inv_scale, zero_point, bits, order)
     return dispatch.call("layer_norm_quantize", backend, *args)  # type: ignore[no-any-return]
@@ -126,7 +129,8 @@ def _(
     order: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    columns = x.shape[1] if order is None else order.shape[0]
+    return torch.empty((x.shape[0], columns), dtype=torch.int8, device=x.device)
 
 
 @torch.library.custom_op("erq::qlinear", mutates_args=())
@@ -388,7 +392,7 @@ def _always(*_: Any, **__: Any) -> str | None:
     return None
 
 
-for _name, _run in {
+_REFERENCE: dict[str, Callable[..., Any]] = {
     "quantize": reference.quantize,
     "layer_norm_quantize": reference.layer_norm_quantize,
     "qlinear": reference.qlinear,
@@ -396,5 +400,6 @@ for _name, _run in {
     "dequant_linear": reference.dequant_linear,
     "pack": formats.pack,
     "unpack": formats.unpack,
-}.items():
+}
+for _name, _run in _REFERENCE.items():
     dispatch.register(_name, "reference", _run, _always)

@@ -78,10 +78,10 @@ def layer_norm_quantize(
     Args:
         x: float [M, K].
         weight, bias: fp32 [K].
-        order: int64 [K], position → input channel, or None for natural order.
+        order: int64 [K'], position → input channel (`formats.k_order`), or None for natural order.
 
     Returns:
-        int8 codes [M, K].
+        int8 codes [M, K'].
     """
     y = F.layer_norm(x.float(), (x.shape[-1],), weight, bias, eps)
     codes = quantize(y, inv_scale, zero_point, bits)
@@ -183,9 +183,7 @@ def quantize_softmax(p: Tensor, inv_scale: Tensor, bits: int) -> Tensor:
     Returns:
         uint8 of p's shape.
     """
-    return (
-        torch.log2(p * inv_scale).mul_(-2.0).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
-    )
+    return torch.log2(p * inv_scale).mul_(-2.0).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
 def attention_values(

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The parts of erq, from the top. A part is a module or a package directly under erq, "__init__" erq
 # itself. A part imports itself and the rows below its own.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"__init__", "__main__", "cli", "report", "evaluation", "timing", "progress", "pipeline"}),
+    frozenset({"__init__", "__main__", "cli", "report", "evaluation", "timing", "pipeline"}),
     frozenset({"deployment", "reduce"}),
     frozenset({"calib"}),
     frozenset({"models", "quant"}),
@@ -91,7 +91,7 @@ def why_forbidden(importer: str, imported: str) -> str | None:
     if imported_row == row != TOP_ROW:
         return f"{part} and {imported_part} stand side by side"
     if part == "deployment" and imported_part == "calib" and importer != CONVERTER:
-        return f"within deploy only {CONVERTER} sees calib"
+        return f"within deployment only {CONVERTER} sees calib"
     return None
 
 
@@ -165,7 +165,11 @@ def test_tree_keeps_the_layers() -> None:
         ("erq/reduce/aqer.py", "from erq.deployment import modules", "stand side by side"),
         ("erq/deployment/modules.py", "from erq.reduce.ridge import solve", "stand side by side"),
         ("erq/deployment/convert.py", "from erq.reduce.ridge import solve", "stand side by side"),
-        ("erq/deployment/modules.py", "from erq.calib import observers", "only erq.deployment.convert"),
+        (
+            "erq/deployment/modules.py",
+            "from erq.calib import observers",
+            "only erq.deployment.convert",
+        ),
         ("erq/deployment/__init__.py", "import erq.calib.observers", "only erq.deployment.convert"),
         ("erq_kernels/ops.py", "from erq.quant import params", "knows nothing of erq"),
         ("erq_kernels/_triton/qlinear.py", "import erq", "knows nothing of erq"),
@@ -185,8 +189,14 @@ def test_forbidden_import_is_reported(path: str, source: str, reason: str) -> No
     ("path", "source"),
     [
         ("erq/__init__.py", "from erq.pipeline import quantize\nfrom erq import calib"),
-        ("erq/cli.py", "import erq\nfrom erq import evaluation, report\nfrom erq.deployment import x"),
-        ("erq/deployment/convert.py", "from erq.calib.simulate import SimLinear\nimport erq_kernels"),
+        (
+            "erq/cli.py",
+            "import erq\nfrom erq import evaluation, report\nfrom erq.deployment import x",
+        ),
+        (
+            "erq/deployment/convert.py",
+            "from erq.calib.simulate import SimLinear\nimport erq_kernels",
+        ),
         ("erq/deployment/modules.py", "from erq.models.sites import Site\nfrom .convert import x"),
         ("erq/reduce/wqer.py", "from . import ridge\nfrom erq.calib import simulate"),
         ("erq/calib/observers.py", "from ..quant import fit\nfrom erq.models import sites"),

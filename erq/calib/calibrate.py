@@ -31,7 +31,11 @@ def _gather(stream: Stream, run: Run, module: nn.Module) -> tuple[Tensor, ...]:
 
 
 def calibrate_site(
-    site: Site, model: nn.Module, run: Run, stream: Stream, group: list[SimLinear],
+    site: Site,
+    model: nn.Module,
+    run: Run,
+    stream: Stream,
+    group: list[SimLinear],
     config: QuantConfig,
 ) -> Fold | None:
     """Fit the activation quantizers of `site`; fold the norm before it where that is wanted.

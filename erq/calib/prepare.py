@@ -19,9 +19,7 @@ def _simulated(site: Site, module: nn.Module) -> nn.Module:
     return SimScores(module) if site.kind == "matmul_qk" else SimValues()  # type: ignore[arg-type]
 
 
-def insert_simulated(
-    model: nn.Module, adapter: ModelAdapter, config: QuantConfig
-) -> list[Block]:
+def insert_simulated(model: nn.Module, adapter: ModelAdapter, config: QuantConfig) -> list[Block]:
     """Prepare `model` in place and put a simulated module at every site that is quantized.
 
     Args:

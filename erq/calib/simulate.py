@@ -17,7 +17,15 @@ from torch.nn import functional as F
 
 from erq.models.attention import ScaledScores
 from erq.models.patches import patches
-from erq.quant import AffineParams, DualAffineParams, LogParams, WeightParams, fake_quantize, quantize
+from erq.quant import (
+    dequantize,
+    AffineParams,
+    DualAffineParams,
+    LogParams,
+    WeightParams,
+    fake_quantize,
+    quantize,
+)
 from erq_kernels import reference
 from erq_kernels.formats import GemmOperands, gemm_operands
 
@@ -41,7 +49,7 @@ class _Simulated(nn.Module):
     _values: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in self._values:
             setattr(self, name, _map_tensors(getattr(self, name), fn))
         return self
@@ -56,7 +64,28 @@ def outlier_split(
     return params, None, None
 
 
-class SimLinear(_Simulated):
+class _SimWeight(_Simulated):
+    """A module with a weight matrix [N, K], a bias and a weight quantizer."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    w_params: WeightParams | None
+
+    def _set_float(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.bias = (
+            None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        )
+        self.w_params = None
+
+    def set_weight(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Replace weight [N, K] and bias; a bias may come into being."""
+        self.weight.data = weight.to(self.weight.dtype)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.to(self.weight.dtype), requires_grad=False)
+
+
+class SimLinear(_SimWeight):
     """A linear layer with an activation quantizer and a weight quantizer.
 
     Args:
@@ -72,21 +101,9 @@ class SimLinear(_Simulated):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        self.bias = (
-            None
-            if bias is None
-            else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        )
+        self._set_float(weight, bias)
         self.x_params: AffineParams | None = None
-        self.w_params: WeightParams | None = None
         self.operands: GemmOperands | None = None
-
-    def set_weight(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Replace weight [N, K] and bias; a bias may come into being."""
-        self.weight.data = weight.to(self.weight.dtype)
-        if bias is not None:
-            self.bias = nn.Parameter(bias.to(self.weight.dtype), requires_grad=False)
 
     def freeze(self) -> None:
         """Run on integer codes from now on (float activations stay on the float path).
@@ -136,13 +153,11 @@ def run_gemm(x: Tensor, x_params: AffineParams, operands: GemmOperands) -> Tenso
 
 def check_on_grid(weight: Tensor, codes: Tensor, params: WeightParams) -> None:
     """Raise ValueError unless weight equals the value of its codes exactly."""
-    from erq.quant import dequantize
-
     if not torch.equal(dequantize(codes, params), weight):
         raise ValueError("weight is not on the grid of its quantizer: solve the site first")
 
 
-class SimConv2d(_Simulated):
+class SimConv2d(_SimWeight):
     """A patch embedding (stride = kernel, no padding) as a linear layer on patches; weight-only.
 
     Attributes:
@@ -155,17 +170,7 @@ class SimConv2d(_Simulated):
         super().__init__()
         self.kernel_size = (int(conv.kernel_size[0]), int(conv.kernel_size[1]))
         self.in_channels = conv.in_channels
-        self.weight = nn.Parameter(
-            conv.weight.detach().reshape(conv.out_channels, -1).clone(), requires_grad=False
-        )
-        self.bias = (
-            None
-            if conv.bias is None
-            else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
-        )
-        self.w_params: WeightParams | None = None
-
-    set_weight = SimLinear.set_weight
+        self._set_float(conv.weight.reshape(conv.out_channels, -1), conv.bias)
 
     def freeze(self) -> None:
         """Check that the weight is on its grid; the image stays float."""

@@ -49,8 +49,9 @@ def save(net: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: not a deployed model. CheckpointError: the file cannot be written.
     """
-    if not hasattr(net, "erq_info") or not any(isinstance(m, QuantPatchEmbed | QuantLinear)
-                                               for m in net.modules()):
+    if not hasattr(net, "erq_info") or not any(
+        isinstance(m, QuantPatchEmbed | QuantLinear) for m in net.modules()
+    ):
         raise ValueError(
             f"save takes a deployed model (erq.deploy or erq.load), got a {type(net).__name__}"
         )
@@ -114,6 +115,7 @@ def load(
         ValueError: an unknown backend. BackendError: a forced backend that cannot run.
     """
     file = Path(path)
+    net: Any
     header, tensors = _read(file)
     info = _info(file, header)
     try:
@@ -124,7 +126,7 @@ def load(
         raise CheckpointError(f"{file}: the header describes no model: {error}") from error
     _check_tensors(file, net.state_dict(), tensors)
     net.load_state_dict(tensors, strict=True, assign=True)
-    net = net.requires_grad_(False).eval().to(device or "cpu")
+    net.requires_grad_(False).eval().to(device or "cpu")
     for name, module in net.named_modules():
         if hasattr(module, "repack"):
             try:
@@ -132,8 +134,9 @@ def load(
             except ValueError as error:
                 raise CheckpointError(f"{file}: {name}: {error}") from error
     net.erq_info = info
-    net.erq_report = [s["errors"] | {"name": n} for n, s in header["sites"].items()
-                      if s.get("errors")]
+    net.erq_report = [
+        s["errors"] | {"name": n} for n, s in header["sites"].items() if s.get("errors")
+    ]
     set_backend(net, backend)
     return net
 
@@ -150,8 +153,8 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     return header
 
 
-def _header(net: nn.Module) -> dict[str, Any]:
-    info: QuantizedModelInfo = net.erq_info  # type: ignore[assignment]
+def _header(net: Any) -> dict[str, Any]:
+    info: QuantizedModelInfo = net.erq_info
     errors = {
         r["name"]: {k: v for k, v in r.items() if k.startswith("error_")} for r in net.erq_report
     }

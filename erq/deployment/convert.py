@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +19,7 @@ from erq.deployment.network import set_backend
 from erq.models.attention import Attention
 
 
-def deploy(sim: nn.Module, backend: str = "auto") -> nn.Module:
+def deploy(sim: Any, backend: str = "auto") -> nn.Module:
     """Pack a simulated model's weights and put kernels in place of its modules.
 
     Args:
@@ -36,7 +37,7 @@ def deploy(sim: nn.Module, backend: str = "auto") -> nn.Module:
         raise ValueError(
             f"deploy takes the model that erq.quantize returned, got a {type(sim).__name__}"
         )
-    net = deepcopy(sim)
+    net: Any = deepcopy(sim)
     for name, module in list(net.named_modules()):
         if isinstance(module, Attention) and isinstance(module.qk, SimScores):
             replace_module(net, name, _attention(module))
@@ -46,7 +47,8 @@ def deploy(sim: nn.Module, backend: str = "auto") -> nn.Module:
     net.erq_report = [r if isinstance(r, dict) else r.to_dict() for r in sim.erq_report]
     net.requires_grad_(False)
     set_backend(net, backend)
-    return net.eval()
+    net.eval()
+    return net  # type: ignore[no-any-return]
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -58,9 +60,7 @@ def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
 def _linear(module: SimLinear | SimConv2d) -> nn.Module:
     assert module.w_params is not None
     if isinstance(module, SimLinear):
-        return QuantLinear.from_params(
-            module.weight, module.bias, module.w_params, module.x_params
-        )
+        return QuantLinear.from_params(module.weight, module.bias, module.w_params, module.x_params)
     layer = QuantPatchEmbed(
         module.in_channels,
         len(module.weight),

@@ -272,10 +272,10 @@ class QuantLinear(_PackedWeight):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Scales stay fp32 under .half(): only the device follows.
-        super()._apply(lambda t: fn(t).to(t.dtype), recurse)
+        super()._apply(lambda t: fn(t).to(t.dtype), recurse)  # type: ignore[no-untyped-call]
         o = self._operands
         if o is not None:
-            moved = {
+            moved: dict[str, Any] = {
                 f.name: fn(v).to(v.dtype) if isinstance(v, Tensor) else v
                 for f in fields(o)
                 for v in [getattr(o, f.name)]
@@ -388,9 +388,7 @@ class QuantAttention(Attention):
     av: QuantValues
 
     @classmethod
-    def from_attention(
-        cls, source: Attention, qk: QuantScores, av: QuantValues
-    ) -> QuantAttention:
+    def from_attention(cls, source: Attention, qk: QuantScores, av: QuantValues) -> QuantAttention:
         """`source` with its matmuls on codes; the other submodules are shared."""
         return cls(
             source.num_heads, source.head_dim, source.qkv, source.q_norm, source.k_norm,

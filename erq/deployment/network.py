@@ -54,13 +54,16 @@ def summary(net: nn.Module) -> str:
             scheme = "affine" if isinstance(module, QuantScores) else "log√2 × affine"
             rows.append((name, "", f"A{module.bits}", scheme, "", "", ""))
     if len(rows) == 1:
-        raise ValueError("the model has no deployed layers: erq.deploy(sim) or erq.load(file) first")
+        raise ValueError(
+            "the model has no deployed layers: erq.deploy(sim) or erq.load(file) first"
+        )
     rows.append(("total", "", "", "", "", f"{packed:,}", f"{full:,}"))
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     right = (5, 6)
     return "\n".join(
-        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths)))
-        .rstrip()
+        "  ".join(
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths))
+        ).rstrip()
         for r in rows
     )
 

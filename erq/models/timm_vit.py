@@ -36,17 +36,17 @@ class TimmVit:
 
     family = "timm_vit"
 
-    def matches(self, model: nn.Module) -> bool:
+    def matches(self, model: Any) -> bool:
         """Whether `model` is of exactly one of the classes this adapter knows."""
         return type(model) in (timm_vit.VisionTransformer, VisionTransformerDistilled)
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: Any) -> None:
         """Replace every block's attention; see `ModelAdapter.prepare`."""
         self.describe(model)  # refuses what it does not understand before anything changes
         for block in model.blocks:
             block.attn = Attention.from_timm(block.attn)
 
-    def blocks(self, model: nn.Module) -> list[Block]:
+    def blocks(self, model: Any) -> list[Block]:
         """Embedding, transformer blocks, head; see `ModelAdapter.blocks`."""
         out = [Block("patch_embed", (Site("patch_embed.proj", "conv"),))]
         for i, block in enumerate(model.blocks):
@@ -75,16 +75,16 @@ class TimmVit:
         out.append(Block("head", tuple(Site(n, "linear") for n in heads)))
         return out
 
-    def run_block(self, model: nn.Module, index: int, x: Tensor) -> Tensor:
+    def run_block(self, model: Any, index: int, x: Tensor) -> Tensor:
         """One block of the model; see `ModelAdapter.run_block`."""
         if index == 0:
             x = model._pos_embed(model.patch_embed(x))
-            return model.norm_pre(model.patch_drop(x))  # type: ignore[no-any-return]
+            return model.norm_pre(model.patch_drop(x))
         if index <= len(model.blocks):
-            return model.blocks[index - 1](x)  # type: ignore[no-any-return]
-        return model.forward_head(model.norm(x))  # type: ignore[no-any-return]
+            return model.blocks[index - 1](x)
+        return model.forward_head(model.norm(x))
 
-    def input_shape(self, model: nn.Module) -> tuple[int, int | None, int | None]:
+    def input_shape(self, model: Any) -> tuple[int, int | None, int | None]:
         """(channels, height, width); see `ModelAdapter.input_shape`."""
         channels = int(model.patch_embed.proj.in_channels)
         size = model.patch_embed.img_size
@@ -92,7 +92,7 @@ class TimmVit:
             return channels, None, None
         return channels, int(size[0]), int(size[1])
 
-    def describe(self, model: nn.Module) -> dict[str, Any]:
+    def describe(self, model: Any) -> dict[str, Any]:
         """Constructor arguments of the model; see `ModelAdapter.describe`.
 
         Raises:
@@ -195,8 +195,8 @@ def _foldable(norm: nn.Module, name: str) -> str | None:
     return name if isinstance(norm, nn.LayerNorm) and norm.weight is not None else None
 
 
-def _first_norm(model: nn.Module) -> nn.Module:
-    return model.blocks[0].norm1  # type: ignore[no-any-return]
+def _first_norm(model: Any) -> Any:
+    return model.blocks[0].norm1
 
 
 def _require(part: nn.Module | None, allowed: tuple[type[nn.Module], ...], name: str) -> None:
@@ -207,7 +207,7 @@ def _require(part: nn.Module | None, allowed: tuple[type[nn.Module], ...], name:
         )
 
 
-def _check_structure(model: nn.Module) -> None:
+def _check_structure(model: Any) -> None:
     """Raise UnsupportedModelError at the first part that is not understood."""
     if not len(model.blocks):
         raise UnsupportedModelError("a model without transformer blocks")
@@ -256,7 +256,7 @@ def _act_name(act: nn.Module) -> str:
     return _ACTS[type(act)]
 
 
-def _check_twin(model: nn.Module, twin: nn.Module) -> None:
+def _check_twin(model: Any, twin: Any) -> None:
     """Raise if the rebuilt architecture has other parameters or module types than the model."""
     ours = {n: tuple(p.shape) for n, p in model.state_dict().items()}
     built = {n: tuple(p.shape) for n, p in twin.state_dict().items()}

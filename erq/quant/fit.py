@@ -222,5 +222,3 @@ def fit_softmax(p: Tensor, bits: int, zero_last: bool = True) -> LogParams:
             best, best_error = params, error
     assert best is not None
     return best
-
-

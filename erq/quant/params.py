@@ -69,9 +69,7 @@ class AffineParams:
 
     def to(self, device: torch.device | str) -> AffineParams:
         """The same quantizer with its tensors on `device`."""
-        return replace(
-            self, scale=self.scale.to(device), zero_point=self.zero_point.to(device)
-        )
+        return replace(self, scale=self.scale.to(device), zero_point=self.zero_point.to(device))
 
 
 @dataclass(frozen=True)

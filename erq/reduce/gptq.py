@@ -39,7 +39,9 @@ def gptq(
     codes = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
     for start in range(0, d, group):
         stop = min(start + group, d)
-        errors = torch.empty(weight.shape[0], stop - start, dtype=weight.dtype, device=weight.device)
+        errors = torch.empty(
+            weight.shape[0], stop - start, dtype=weight.dtype, device=weight.device
+        )
         for j in range(start, stop):
             exact = current[:, j].float() * scale[:, j].reciprocal()
             code = (exact.round() + zero_point[:, j]).clamp(0, top)

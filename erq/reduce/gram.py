@@ -80,7 +80,6 @@ class Gram:
         self.g[-1, -1] += rows
 
 
-
 class OutputError:
     """‖Y − A Ŵᵀ‖² / ‖Y‖² of a layer's output Y = [X | 1] Wᵀ, for any weight Ŵ in its place.
 

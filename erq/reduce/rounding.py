@@ -50,9 +50,7 @@ def refine_greedy(error: Tensor, step: Tensor, moment: Tensor) -> Tensor:
     return flipped
 
 
-def refine_official(
-    error: Tensor, step: Tensor, moment: Tensor, flips: int = 100
-) -> Tensor:
+def refine_official(error: Tensor, step: Tensor, moment: Tensor, flips: int = 100) -> Tensor:
     """The published rule: per step the weight of largest |gradient| moves, if |gradient| > step/2.
 
     A row stops at its first rejected or empty move.

@@ -88,9 +88,7 @@ def wqer(
     return codes, bias
 
 
-def _moment(
-    gram: Gram, columns: slice, reversed_factor: Tensor, n: int, refine: str
-) -> Tensor:
+def _moment(gram: Gram, columns: slice, reversed_factor: Tensor, n: int, refine: str) -> Tensor:
     """The quadratic form, fp32 [s, s], that the rounding of `columns` minimizes."""
     if refine == "greedy":
         # What is left of the error once the remaining columns have made up for it: the Schur

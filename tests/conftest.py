@@ -1,0 +1,91 @@
+"""One thread, one seed, and the builders that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from erq.quant import AffineParams
+from erq.reduce.gram import Gram
+
+torch.set_num_threads(1)
+# The same examples on every run, however busy the machine is.
+hypothesis.settings.register_profile(
+    "erq", deadline=None, derandomize=True, database=None, max_examples=60
+)
+hypothesis.settings.load_profile("erq")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def affine() -> Callable[..., AffineParams]:
+    """Affine params of numbers: affine(0.5, 3, bits=4) or affine([0.5, 1.0], [3, -2], bits=4)."""
+
+    def build(scale: Any, zero_point: Any, bits: int = 4) -> AffineParams:
+        return AffineParams(
+            torch.tensor(scale, dtype=torch.float32),
+            torch.tensor(zero_point, dtype=torch.int32),
+            bits,
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_vit() -> Callable[..., VisionTransformer]:
+    """A ViT of 2 blocks, 24 channels and 17 tokens whose every parameter is random."""
+
+    def build(cls: type[VisionTransformer] = VisionTransformer, **changes: Any) -> Any:
+        settings: dict[str, Any] = {
+            "img_size": 16,
+            "patch_size": 4,
+            "num_classes": 5,
+            "embed_dim": 24,
+            "depth": 2,
+            "num_heads": 2,
+            "mlp_ratio": 2.0,
+        }
+        model = cls(**{**settings, **changes}).eval()
+        with torch.no_grad():
+            # timm starts with zero biases and unit norms, under which half of all mistakes hide.
+            for name, p in model.named_parameters():
+                noise = torch.randn_like(p) * (0.2 if p.dim() < 2 else p.shape[-1] ** -0.5)
+                is_gain = "norm" in name and name.endswith("weight")
+                p.copy_(noise.add(1) if is_gain or name.endswith("gamma") else noise)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def layer() -> Callable[..., tuple[Gram, Tensor, Tensor]]:
+    """Random statistics of a layer: (gram, quantized rows A with a constant, weight with a bias)."""
+
+    def build(
+        d: int, n: int, rows: int = 200, bits: int = 4, rank: int | None = None
+    ) -> tuple[Gram, Tensor, Tensor]:
+        mix = torch.randn(rank or d, d) * torch.rand(d).add(0.2)
+        x = torch.randn(rows, rank or d) @ mix / d**0.5 + 0.3 * torch.randn(d)
+        lo, hi = float(x.min()), float(x.max())
+        scale = (hi - lo) / (2**bits - 1)
+        params = AffineParams(
+            torch.tensor(scale), torch.tensor(round(-lo / scale), dtype=torch.int32), bits
+        )
+        gram = Gram(d, torch.device("cpu"))
+        gram.add(x, None, params)
+        code = (x * params.inv_scale).round().add(params.zero_point).clamp(0, 2**bits - 1)
+        a = (code - params.zero_point).double() * params.scale.double()
+        weight = torch.randn(n, d + 1).double() * 0.2
+        return gram, torch.cat([a, torch.ones(rows, 1)], dim=1), weight
+
+    return build
