@@ -1,4 +1,4 @@
-"""Top-1 of every method on a real model: `python bench/accuracy.py` (about 1 min a run, 2 cores).
+"""Top-1 of every method on a real model: `python bench/accuracy.py` (72 runs of about 1 minute).
 
 Prints a table of mean ± spread over calibration draws and writes one JSON line per run.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -28,7 +29,9 @@ SETTINGS = {
     "paper": (QuantConfig.paper, 32),
     "erq": (QuantConfig.preset, 32),
     "erq-256": (QuantConfig.preset, 256),
+    "paper-256": (QuantConfig.paper, 256),
 }
+DEFAULT = ("erq", "paper", "repq", "rtn", "gptq", "erq-256")
 
 
 @torch.inference_mode()
@@ -66,24 +69,27 @@ def main() -> None:
     """Run what the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--real", type=Path, default=REAL, help="folder of the real model")
-    parser.add_argument("--methods", default=",".join(SETTINGS))
+    parser.add_argument("--methods", default=",".join(DEFAULT))
     parser.add_argument("--bits", default=",".join(BITS))
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--name", default="accuracy", help="of the result file")
+    parser.add_argument("--resume", action="store_true", help="keep the runs already in that file")
     args = parser.parse_args()
     methods, widths = args.methods.split(","), args.bits.split(",")
 
     task = real_task(args.real)
     full = logits(task.model, task.test)
     top1 = 100 * float((full.argmax(1) == task.labels).float().mean())
-    results = ResultFile(args.name)
-    results.add({"task": task.name, "method": "full precision", "top1": round(top1, 2)})
-    for draw in range(args.draws):
-        for name in methods:
-            for bits in widths:
-                row = run(task, name, bits, draw, full)
-                results.add(row)
-                print(f"{name:8} {bits} draw {draw}: {row['top1']:.2f}", flush=True)
+    results = ResultFile(args.name, args.resume)
+    if not results.rows():
+        results.add({"task": task.name, "method": "full precision", "top1": round(top1, 2)})
+    for bits, draw, name in product(widths, range(args.draws), methods):
+        done = {(r["method"], r.get("bits"), r.get("draw")) for r in results.rows()}
+        if (name, bits, draw) in done:
+            continue
+        row = run(task, name, bits, draw, full)
+        results.add(row)
+        print(f"{name:8} {bits} draw {draw}: {row['top1']:.2f}", flush=True)
 
     table = Table(title=f"{task.name}: top-1 %, mean ± standard deviation of {args.draws} draws")
     for column in ("method", "images", *widths):

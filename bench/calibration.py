@@ -1,8 +1,9 @@
-"""Wall time and memory of calibration: `python bench/calibration.py` (ViT-S, W4A4, 32 and 256 images).
+"""Wall time and memory of calibration: `python bench/calibration.py` (ViT-S, W4A4, 32 and 256
+images).
 
-Random weights: time and memory do not depend on them. Each size runs in a process of its own; memory is
-the process's peak resident set, read from the operating system, beside that of a process that only
-loads the model and the images.
+Random weights: time and memory do not depend on them. Each size runs in a process of its own;
+memory is the process's peak resident set, read from the operating system, beside that of a process
+that only loads the model and the images.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def main() -> None:
         stages = ", ".join(f"{k} {v} s" for k, v in row["stages"].items())
         print(
             f"{row['model']} {row['bits']}, {row['images']} images: {row['seconds']} s, peak "
-            f"{row['peak_mb']} MB ({row['loaded_mb']} MB before, images {row['images_mb']} MB); {stages}",
+            f"{row['peak_mb']} MB ({row['loaded_mb']} MB before, images {row['images_mb']} MB); "
+            f"{stages}",
             flush=True,
         )
 

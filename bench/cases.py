@@ -42,7 +42,8 @@ class Task:
 
 
 def real_task(folder: Path = REAL) -> Task:
-    """DINOv2 ViT-S/14 with a linear head for scikit-learn's digits, 65 tokens; full precision 95.98 %.
+    """DINOv2 ViT-S/14 with a linear head for scikit-learn's digits, 65 tokens; full precision 95.98
+    %.
 
     Raises:
         SystemExit: the folder is not there.
@@ -90,14 +91,15 @@ def versions() -> dict[str, Any]:
 
 
 class ResultFile:
-    """JSON lines under bench/results/<device>/; starts empty, each row carries the versions."""
+    """JSON lines under bench/results/<device>/; each row carries the versions."""
 
-    def __init__(self, name: str) -> None:
-        """Open results/<device>/<name>.jsonl."""
+    def __init__(self, name: str, resume: bool = False) -> None:
+        """Open results/<device>/<name>.jsonl, empty unless `resume`."""
         folder = RESULTS / device_name()
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{name}.jsonl"
-        self.path.write_text("")
+        if not (resume and self.path.exists()):
+            self.path.write_text("")
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one row."""

@@ -42,8 +42,8 @@ class QuantConfig:
         refine: rounding refinement: `greedy` best flips, `official` rule, `off`.
         attention: `quantized` (q, k, softmax and v as in the paper) or `float`.
         ridge_act, ridge_weight: λ of Aqer and of Wqer, >= 0.
-        ridge_scale: `relative`: λ times the mean diagonal of the Gram matrix; `sum`: λ itself, on
-            sums over rows, with the official code's special cases (head 0.1 in Aqer; patch
+        ridge_scale: `relative`: λ times the mean squared length of an input row; `sum`: λ itself,
+            on sums over rows, with the official code's special cases (head 0.1 in Aqer; patch
             embedding 10 λ and no refinement in Wqer).
         overrides: glob over site names → fields for those sites.
         keep_float: globs of sites to leave alone.
@@ -63,8 +63,8 @@ class QuantConfig:
     upstream: Literal["quantized", "float"] = "quantized"
     refine: Literal["greedy", "official", "off"] = "greedy"
     attention: Literal["quantized", "float"] = "quantized"
-    ridge_act: float = 1e-2
-    ridge_weight: float = 1e-2
+    ridge_act: float = 1.0
+    ridge_weight: float = 1.0
     ridge_scale: Literal["relative", "sum"] = "relative"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     keep_float: tuple[str, ...] = ()
@@ -83,11 +83,13 @@ class QuantConfig:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("ridge_act", "ridge_weight"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
-        if isinstance(self.keep_float, str) or not all(isinstance(g, str) for g in self.keep_float):
+        globs = self.keep_float
+        if not isinstance(globs, tuple | list) or not all(isinstance(g, str) for g in globs):
             raise ValueError(f"keep_float must be a list of globs, got {self.keep_float!r}")
         object.__setattr__(self, "keep_float", tuple(self.keep_float))
         object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
@@ -99,20 +101,19 @@ class QuantConfig:
         Raises:
             ValueError: an unknown name, or a change that is not allowed.
         """
-        return replace(cls(**_parse_bits(name)), **changes)
+        return cls.from_dict({**_parse_bits(name), **changes})
 
     @classmethod
     def paper(cls, name: str, **changes: Any) -> QuantConfig:
         """ERQ as published: full-precision upstream, official refinement, λ in the sum form."""
-        published = cls(
-            **_parse_bits(name),
-            upstream="float",
-            refine="official",
-            ridge_act=PAPER_RIDGE,
-            ridge_weight=PAPER_RIDGE,
-            ridge_scale="sum",
-        )
-        return replace(published, **changes)
+        published = {
+            "upstream": "float",
+            "refine": "official",
+            "ridge_act": PAPER_RIDGE,
+            "ridge_weight": PAPER_RIDGE,
+            "ridge_scale": "sum",
+        }
+        return cls.from_dict({**_parse_bits(name), **published, **changes})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
@@ -184,7 +185,8 @@ def _parse_bits(name: str) -> dict[str, int]:
     match = re.fullmatch(r"w(\d+)a(\d+)", name) if isinstance(name, str) else None
     if match is None:
         raise ValueError(
-            f"unknown preset {name!r}; presets are {', '.join(PRESETS)}, or any w<2..8>a<2..8 or 16>"
+            f"unknown preset {name!r}; presets are {', '.join(PRESETS)}, "
+            "or any w<2..8>a<2..8 or 16>"
         )
     return {"w_bits": int(match[1]), "a_bits": int(match[2])}
 
@@ -202,6 +204,9 @@ def _checked_overrides(overrides: Any) -> dict[str, dict[str, Any]]:
                     f"overrides[{glob!r}] sets {name!r}; a site can override "
                     f"{', '.join(_SITE_FIELDS)}"
                 )
-        QuantConfig(**dict(values))  # the fields' own checks
+        try:
+            QuantConfig(**dict(values))  # the fields' own checks
+        except ValueError as error:
+            raise ValueError(f"overrides[{glob!r}]: {error}") from error
         checked[glob] = dict(values)
     return checked

@@ -1,10 +1,10 @@
 """quantize(): full-precision model + images → simulated model, every tensor on its b-bit grid.
 
 The model is a list of blocks. Two streams of activations stand at one block boundary, that of the
-full-precision network and that of the network as quantized so far; for each block in order every site
-is calibrated, solved and frozen, then both streams move on (docs/math.md, "Sequential calibration").
-As published (`upstream="float"`), sites are calibrated with full-precision weights and solved on the
-full-precision stream alone.
+full-precision network and that of the network as quantized so far; for each block in order every
+site is calibrated, solved and frozen, then both streams move on (docs/math.md, "Sequential
+calibration"). As published (`upstream="float"`), sites are calibrated with full-precision weights
+and solved on the full-precision stream alone.
 """
 
 from __future__ import annotations
@@ -139,9 +139,12 @@ def quantize(
 
     sim: Any = deepcopy(model).float().eval()
     blocks = insert_simulated(sim, adapter, settings)
-    plain = not model.training and all(p.dtype == torch.float32 for p in model.parameters())
+    plain = not any(m.training for m in model.modules()) and all(
+        p.dtype == torch.float32 for p in model.parameters()
+    )
     full = model if plain else deepcopy(model).float().eval()
     with torch.no_grad(), _full_fp32():
+        _check_size(adapter, full, chunks[0][:1])
         state = _run(adapter, settings, sim, full, blocks, chunks, progress)
     sim.erq_info = QuantizedModelInfo(
         family=adapter.family,
@@ -154,7 +157,8 @@ def quantize(
     )
     sim.erq_report = state.reports
     sim.erq_stages = state.seconds
-    return sim
+    simulated: nn.Module = sim
+    return simulated
 
 
 def _run(
@@ -192,6 +196,15 @@ def _run(
                 with state.stage("advance"):
                     full_stream.advance(run_full)
     return state
+
+
+def _check_size(adapter: ModelAdapter, model: nn.Module, image: torch.Tensor) -> None:
+    """Raise ValueError if a model that takes images of any size cannot take this one."""
+    try:
+        adapter.run_block(model, 0, image)
+    except AssertionError as error:  # timm's own check: a side that patches do not divide
+        size = "×".join(map(str, image.shape[2:]))
+        raise ValueError(f"the model does not take images of {size}: {error}") from error
 
 
 def _architecture(model: nn.Module) -> str:

@@ -76,7 +76,7 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
 
 
 K_ALIGN = 32
-"""Columns that a K segment of the GEMM layout is a multiple of: whole 16-byte loads, whole MMA steps."""
+"""A K segment of the GEMM layout is a multiple of so many columns: whole loads, whole MMA steps."""
 
 
 def k_order(columns: Tensor | None, k: int) -> tuple[Tensor | None, Tensor | None, int]:

@@ -1,7 +1,7 @@
 """THE contract: every op's schema, argument checks, shape function and meaning.
 
-Each op is registered once as `torch.ops.erq.<name>` and dispatched by `erq_kernels.dispatch`; the last
-argument `backend` forces one. The arithmetic is defined in `erq_kernels.reference`, the layouts in
+Each op is registered once as `torch.ops.erq.<name>` and dispatched by `erq_kernels.dispatch`; the
+last argument `backend` forces one. The arithmetic is defined in `erq_kernels.reference`, layouts in
 `erq_kernels.formats`. All tensors of one call live on one device.
 """
 
@@ -16,6 +16,13 @@ from torch import Tensor
 from erq_kernels import dispatch, formats, reference
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh")
+OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _run(op: str, backend: str, *args: Any) -> Tensor:
+    """The op on the selected backend; row-major, as the shape functions promise, in any case."""
+    result: Tensor = dispatch.call(op, backend, *args)
+    return result.contiguous()
 
 
 def _require(condition: bool, message: str) -> None:
@@ -29,8 +36,33 @@ def _check_codes(name: str, x: Tensor, dim: int | None = None) -> None:
         _require(x.dim() == dim, f"{name} must have {dim} dimensions, got {list(x.shape)}")
 
 
-def _check_bits(bits: int) -> None:
-    _require(2 <= bits <= 8, f"bits must be from 2 to 8, got {bits}")
+def _check_bits(bits: int, lowest: int = 2) -> None:
+    _require(lowest <= bits <= 8, f"bits must be from {lowest} to 8, got {bits}")
+
+
+def _check_float(name: str, x: Tensor | None, *shape: int) -> None:
+    if x is not None:
+        _require(
+            x.is_floating_point() and tuple(x.shape) == shape,
+            f"{name} must be float {list(shape)}, got {x.dtype} {list(x.shape)}",
+        )
+
+
+def _check_vector(
+    name: str, x: Tensor | None, rows: int, dtype: torch.dtype = torch.float32
+) -> None:
+    if x is not None:
+        _require(
+            x.dtype == dtype and tuple(x.shape) == (rows,),
+            f"{name} must be {dtype} [{rows}], got {x.dtype} {list(x.shape)}",
+        )
+
+
+def _check_scalar(name: str, x: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    _require(
+        x.dtype == dtype and x.dim() == 0,
+        f"{name} must be {dtype} [], got {x.dtype} {list(x.shape)}",
+    )
 
 
 def _check_quantizer(inv_scale: Tensor, zero_point: Tensor, columns: int, name: str) -> None:
@@ -46,9 +78,26 @@ def _check_quantizer(inv_scale: Tensor, zero_point: Tensor, columns: int, name: 
     )
 
 
-def _check_rows(name: str, x: Tensor | None, rows: int) -> None:
-    if x is not None:
-        _require(tuple(x.shape) == (rows,), f"{name} must be [{rows}], got {list(x.shape)}")
+def _check_output_quantizer(
+    inv_scale: Tensor | None, zero_point: Tensor | None, bits: int, columns: int, op: str
+) -> None:
+    if inv_scale is None or zero_point is None:
+        _require(
+            inv_scale is None and zero_point is None,
+            f"{op}: out_inv_scale and out_zero_point come together",
+        )
+        return
+    _check_bits(bits)
+    _check_quantizer(inv_scale, zero_point, columns, f"{op}'s output")
+
+
+def _check_device(x: Tensor, *others: Tensor | None) -> None:
+    for other in others:
+        if other is not None:
+            _require(
+                other.device == x.device,
+                f"all tensors of one call live on one device, got {x.device} and {other.device}",
+            )
 
 
 @torch.library.custom_op("erq::quantize", mutates_args=())
@@ -69,7 +118,8 @@ def quantize(
     _check_bits(bits)
     _require(x.is_floating_point(), f"quantize takes a float tensor, got {x.dtype}")
     _check_quantizer(inv_scale, zero_point, x.shape[-1] if x.dim() else 1, "quantize")
-    return dispatch.call("quantize", backend, x, inv_scale, zero_point, bits)  # type: ignore[no-any-return]
+    _check_device(x, inv_scale, zero_point)
+    return _run("quantize", backend, x, inv_scale, zero_point, bits)
 
 
 @quantize.register_fake
@@ -89,10 +139,11 @@ def layer_norm_quantize(
     order: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """LayerNorm, then codes, in the column order of the next GEMM; see `reference.layer_norm_quantize`.
+    """LayerNorm, then codes, in the next GEMM's column order; see `reference.layer_norm_quantize`.
 
     Args:
-        x: float [M, K]. weight, bias: fp32 [K]. order: int64 [K'] or None.
+        x: float [M, K]. weight, bias: fp32 [K]. eps: > 0. order: int64 [K'], position → input
+            channel, or None for natural order.
 
     Returns:
         int8 [M, K'], K' = K without an order.
@@ -106,15 +157,15 @@ def layer_norm_quantize(
         f"layer_norm_quantize takes a float [M, K], got {x.dtype} {list(x.shape)}",
     )
     k = x.shape[1]
-    _check_rows("weight", weight, k)
-    _check_rows("bias", bias, k)
-    _require(
-        order is None or (order.dtype == torch.int64 and order.dim() == 1),
-        "order must be an int64 vector of input channels",
-    )
+    _check_vector("weight", weight, k)
+    _check_vector("bias", bias, k)
+    _require(0.0 < eps < float("inf"), f"eps must be finite and > 0, got {eps}")
+    if order is not None:
+        _check_vector("order", order, order.numel(), torch.int64)
     _check_quantizer(inv_scale, zero_point, k, "layer_norm_quantize")
+    _check_device(x, weight, bias, inv_scale, zero_point, order)
     args = (x, weight, bias, eps, inv_scale, zero_point, bits, order)
-    return dispatch.call("layer_norm_quantize", backend, *args)  # type: ignore[no-any-return]
+    return _run("layer_norm_quantize", backend, *args)
 
 
 @layer_norm_quantize.register_fake
@@ -168,29 +219,26 @@ def qlinear(
     _check_codes("weight", weight, 2)
     n, k = weight.shape
     _require(x.shape[1] == k, f"x has {x.shape[1]} columns, weight {k}")
-    for name, vector in (("scale", scale), ("scale2", scale2), ("bias", bias)):
-        _check_rows(name, vector, n)
-    _check_rows("layer_scale", layer_scale, n)
+    vectors = {"scale": scale, "scale2": scale2, "bias": bias, "layer_scale": layer_scale}
+    for name, vector in vectors.items():
+        _check_vector(name, vector, n)
     _require(
         0 < split < k if scale2 is not None else split == k,
         f"split must lie inside 1..{k - 1} with scale2 and be {k} without, got {split}",
     )
     _require(act in ACTIVATIONS, f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
-    if residual is not None:
-        _require(
-            tuple(residual.shape) == (x.shape[0], n),
-            f"residual must be [{x.shape[0]}, {n}], got {list(residual.shape)}",
-        )
-    if out_inv_scale is not None:
-        _check_bits(out_bits)
-        _require(out_zero_point is not None, "out_inv_scale needs out_zero_point")
-        assert out_zero_point is not None
-        _check_quantizer(out_inv_scale, out_zero_point, n, "qlinear's output")
+    _check_float("residual", residual, x.shape[0], n)
+    _require(
+        out_dtype in OUT_DTYPES,
+        f"out_dtype must be one of {', '.join(map(str, OUT_DTYPES))}, got {out_dtype}",
+    )
+    _check_output_quantizer(out_inv_scale, out_zero_point, out_bits, n, "qlinear")
+    _check_device(x, weight, *vectors.values(), residual, out_inv_scale, out_zero_point)
     args = (
         x, weight, scale, scale2, split, bias, act, layer_scale, residual, out_dtype,
         out_inv_scale, out_zero_point, out_bits,
     )  # fmt: skip
-    return dispatch.call("qlinear", backend, *args)  # type: ignore[no-any-return]
+    return _run("qlinear", backend, *args)
 
 
 @qlinear.register_fake
@@ -254,16 +302,30 @@ def qattention(
         )
     _check_bits(qk_bits)
     _check_bits(av_bits)
-    if out_inv_scale is not None:
-        _check_bits(out_bits)
-        _require(out_zero_point is not None, "out_inv_scale needs out_zero_point")
-        assert out_zero_point is not None
-        _check_quantizer(out_inv_scale, out_zero_point, q.shape[-1], "qattention's output")
+    zero_points = {"q": q_zero_point, "k": k_zero_point, "v": v_zero_point}
+    for name, zero_point in zero_points.items():
+        _check_scalar(f"{name}_zero_point", zero_point, torch.int32)
+    scales = {"score_scale": score_scale, "p_inv_scale": p_inv_scale, "value_scale": value_scale}
+    for name, scale in scales.items():
+        _check_scalar(name, scale)
+    if bias is not None:
+        shape = (*q.shape[:3], q.shape[2])
+        _require(
+            bias.is_floating_point()
+            and bias.dim() <= 4
+            and all(b in (1, s) for b, s in zip(bias.shape[::-1], shape[::-1], strict=False)),
+            f"bias must be float and broadcast to {list(shape)}, got {bias.dtype} "
+            f"{list(bias.shape)}",
+        )
+    _check_output_quantizer(out_inv_scale, out_zero_point, out_bits, q.shape[-1], "qattention")
+    _check_device(
+        q, k, v, *zero_points.values(), *scales.values(), bias, out_inv_scale, out_zero_point
+    )
     args = (
         q, k, v, q_zero_point, k_zero_point, v_zero_point, score_scale, p_inv_scale, value_scale,
         qk_bits, av_bits, zero_last, bias, out_inv_scale, out_zero_point, out_bits,
     )  # fmt: skip
-    return dispatch.call("qattention", backend, *args)  # type: ignore[no-any-return]
+    return _run("qattention", backend, *args)
 
 
 @qattention.register_fake
@@ -307,7 +369,8 @@ def dequant_linear(
 
     Args:
         x: float [M, K]. packed: uint8 dense bit stream of codes [N, K].
-        scale, zero_point: fp32 / int32 [N]; scale2, zero_point2: those of `columns`. bias: [N].
+        scale, zero_point: fp32 / int32 [N]; scale2, zero_point2: those of `columns`, int64 [S].
+        bias: fp32 [N].
 
     Returns:
         [M, N] of x's dtype.
@@ -320,19 +383,26 @@ def dequant_linear(
         x.is_floating_point() and x.dim() == 2,
         f"dequant_linear takes a float [M, K], got {x.dtype} {list(x.shape)}",
     )
-    n = scale.shape[0]
-    size = formats.packed_size(n * x.shape[1], bits)
+    k, n = x.shape[1], scale.numel()
+    size = formats.packed_size(n * k, bits)
     _require(
         packed.dtype == torch.uint8 and packed.numel() == size,
-        f"packed must hold {n}×{x.shape[1]} codes of {bits} bits in {size} bytes, got "
+        f"packed must hold {n}×{k} codes of {bits} bits in {size} bytes, got "
         f"{packed.numel()} of {packed.dtype}",
     )
-    _check_rows("zero_point", zero_point, n)
-    _check_rows("bias", bias, n)
+    _check_vector("scale", scale, n)
+    _check_vector("scale2", scale2, n)
+    _check_vector("zero_point", zero_point, n, torch.int32)
+    _check_vector("zero_point2", zero_point2, n, torch.int32)
+    _check_vector("bias", bias, n)
     dual = [t is not None for t in (scale2, zero_point2, columns)]
     _require(all(dual) or not any(dual), "scale2, zero_point2 and columns come together")
+    if columns is not None:
+        _check_vector("columns", columns, columns.numel(), torch.int64)
+        _require(0 < columns.numel() < k, f"columns must name 1..{k - 1} of {k} columns")
+    _check_device(x, packed, scale, zero_point, scale2, zero_point2, columns, bias)
     args = (x, packed, bits, scale, zero_point, scale2, zero_point2, columns, bias)
-    return dispatch.call("dequant_linear", backend, *args)  # type: ignore[no-any-return]
+    return _run("dequant_linear", backend, *args)
 
 
 @dequant_linear.register_fake
@@ -356,12 +426,20 @@ def pack(codes: Tensor, bits: int, backend: str = "auto") -> Tensor:
     """Dense bit stream of codes; see `formats.pack`.
 
     Args:
-        codes: integers of any shape in 0..2**bits − 1.
+        codes: integers of any shape in 0..2**bits − 1. bits: 1..8.
 
     Returns:
         uint8 [ceil(numel · bits / 8)].
+
+    Raises:
+        ValueError: an argument that is not the above.
     """
-    return dispatch.call("pack", backend, codes, bits)  # type: ignore[no-any-return]
+    _check_bits(bits, lowest=1)
+    _require(
+        not (codes.is_floating_point() or codes.is_complex()),
+        f"codes must be integers, got {codes.dtype}",
+    )
+    return _run("pack", backend, codes, bits)
 
 
 @pack.register_fake
@@ -375,12 +453,17 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int], backend: str = "auto
     """Codes of a dense bit stream; see `formats.unpack`.
 
     Args:
-        packed: uint8 [ceil(prod(shape) · bits / 8)].
+        packed: uint8 [ceil(prod(shape) · bits / 8)]. bits: 1..8.
 
     Returns:
         uint8 codes of `shape`.
+
+    Raises:
+        ValueError: an argument that is not the above.
     """
-    return dispatch.call("unpack", backend, packed, bits, tuple(shape))  # type: ignore[no-any-return]
+    _check_bits(bits, lowest=1)
+    _require(all(n >= 0 for n in shape), f"shape must be sizes >= 0, got {list(shape)}")
+    return _run("unpack", backend, packed, bits, tuple(shape))
 
 
 @unpack.register_fake
@@ -401,5 +484,5 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "pack": formats.pack,
     "unpack": formats.unpack,
 }
-for _name, _run in _REFERENCE.items():
-    dispatch.register(_name, "reference", _run, _always)
+for _name, _reference in _REFERENCE.items():
+    dispatch.register(_name, "reference", _reference, _always)

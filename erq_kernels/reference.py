@@ -22,7 +22,8 @@ _FP32_EXACT = 1 << 24
 def _int_mm_is_exact() -> bool:
     """Whether torch._int_mm is exact on this CPU.
 
-    Pre-VNNI instructions add pairs of products in 16 bits and saturate; the largest operands show it.
+    Pre-VNNI instructions add pairs of products in 16 bits and saturate; the largest operands show
+    it.
     """
     a = torch.full((32, 64), 127, dtype=torch.int8)
     b = torch.full((64, 32), -128, dtype=torch.int8)
@@ -146,7 +147,7 @@ def _centered(codes: Tensor, zero_point: Tensor, bits: int) -> Tensor:
 
 
 def _exact_bmm(a: Tensor, b: Tensor, bound: float) -> Tensor:
-    """Batched a @ b of whole numbers whose sums stay below `bound`, without rounding if it can be."""
+    """Batched a @ b of whole numbers whose sums stay below `bound`, not rounded if it can be."""
     if bound < _FP32_EXACT:
         return a @ b
     return (a.double() @ b.double()).float()
@@ -276,7 +277,7 @@ def dequantize_weight(
     zero_point2: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """fp32 weight [N, K] of a packed matrix; `columns` (outlier channels) have scale2, zero_point2."""
+    """fp32 weight [N, K] of a packed matrix; `columns` (outliers) have scale2, zero_point2."""
     codes = unpack(packed, bits, shape).to(torch.int32)
     s = scale[:, None].expand(shape)
     z = zero_point[:, None].expand(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import hypothesis
@@ -67,25 +68,42 @@ def tiny_vit() -> Callable[..., VisionTransformer]:
     return build
 
 
-@pytest.fixture(scope="session")
-def layer() -> Callable[..., tuple[Gram, Tensor, Tensor]]:
-    """Random statistics of a layer: (gram, quantized rows A with a constant, weight with a bias)."""
+@dataclass(frozen=True)
+class Layer:
+    """Rows and weight of a linear layer, fp64, and Gram matrices straight from the definition.
 
-    def build(
-        d: int, n: int, rows: int = 200, bits: int = 4, rank: int | None = None
-    ) -> tuple[Gram, Tensor, Tensor]:
-        mix = torch.randn(rank or d, d) * torch.rand(d).add(0.2)
-        x = torch.randn(rows, rank or d) @ mix / d**0.5 + 0.3 * torch.randn(d)
-        lo, hi = float(x.min()), float(x.max())
-        scale = (hi - lo) / (2**bits - 1)
-        params = AffineParams(
-            torch.tensor(scale), torch.tensor(round(-lo / scale), dtype=torch.int32), bits
-        )
+    Args:
+        x: [rows, D]. a: [rows, D + 1], x quantized, and a constant 1.
+        weight: [N, D + 1], bias last.
+    """
+
+    x: Tensor
+    a: Tensor
+    weight: Tensor
+    gram: Gram
+
+    def error(self, weight: Tensor) -> Tensor:
+        """‖(W − Ŵ) Aᵀ‖² per row of another weight Ŵ in this layer's place."""
+        return ((self.weight - weight) @ self.a.t()).square().sum(dim=1)
+
+
+@pytest.fixture(scope="session")
+def layer() -> Callable[..., Layer]:
+    """A random layer with correlated inputs of different sizes and means; rank < D if asked."""
+
+    def build(d: int, n: int, rows: int = 200, rank: int | None = None) -> Layer:
+        rank = rank or d
+        mix = torch.randn(rank, d).double() * torch.rand(d).add(0.2)
+        x = torch.randn(rows, rank).double() @ mix / rank**0.5
+        if rank == d:
+            x += torch.randn(d)
+        step = float(x.max() - x.min()) / 15
+        a = torch.cat([(x / step).round() * step, torch.ones(rows, 1).double()], dim=1)
+        if rank < d:
+            a[:, :-1] = x  # rounding would fill the rank up
+        e = x - a[:, :-1]
         gram = Gram(d, torch.device("cpu"))
-        gram.add(x, None, params)
-        code = (x * params.inv_scale).round().add(params.zero_point).clamp(0, 2**bits - 1)
-        a = (code - params.zero_point).double() * params.scale.double()
-        weight = torch.randn(n, d + 1).double() * 0.2
-        return gram, torch.cat([a, torch.ones(rows, 1)], dim=1), weight
+        gram.rows, gram.g, gram.c, gram.p = rows, a.t() @ a, a.t() @ e, e.t() @ e
+        return Layer(x, a, torch.randn(n, d + 1).double() * 0.2, gram)
 
     return build

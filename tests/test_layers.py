@@ -20,7 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # The parts of erq, from the top. A part is a module or a package directly under erq, "__init__" erq
 # itself. A part imports itself and the rows below its own.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"__init__", "__main__", "cli", "report", "evaluation", "timing", "pipeline"}),
+    frozenset(
+        {
+            *("__init__", "__main__", "cli", "options", "report", "demonstration", "loading"),
+            *("evaluation", "timing", "inputs", "system", "pipeline"),
+        }
+    ),
     frozenset({"deployment", "reduce"}),
     frozenset({"calib"}),
     frozenset({"models", "quant"}),

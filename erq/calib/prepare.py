@@ -1,4 +1,4 @@
-"""A float model → the same model with simulated modules at every site, all still in full precision."""
+"""A float model → the same model with simulated modules at every site, still in full precision."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def insert_simulated(model: nn.Module, adapter: ModelAdapter, config: QuantConfi
     """Prepare `model` in place and put a simulated module at every site that is quantized.
 
     Args:
-        model: a float model; every parameter is frozen (requires_grad False).
+        model: a float model; every parameter is frozen (requires_grad False), and it is put into
+            evaluation mode.
 
     Returns:
         The model's blocks with their quantized sites.
@@ -38,10 +39,13 @@ def insert_simulated(model: nn.Module, adapter: ModelAdapter, config: QuantConfi
     out = []
     for block in blocks:
         _check_attention(block, config)
-        floating = {s.norm for s in block.sites if not is_quantized(s, config)}
-        # A norm that also feeds a layer left in full precision cannot be folded.
+        # A norm can be folded only if all the layers that it feeds quantize its output alike.
+        widths: dict[str | None, set[int | None]] = {}
+        for site in block.sites:
+            a_bits = config.for_site(site.name).a_bits if is_quantized(site, config) else None
+            widths.setdefault(site.norm, set()).add(a_bits)
         sites = tuple(
-            replace(s, norm=None) if s.norm in floating else s
+            replace(s, norm=None) if len(widths[s.norm]) > 1 else s
             for s in block.sites
             if is_quantized(s, config)
         )
@@ -50,6 +54,7 @@ def insert_simulated(model: nn.Module, adapter: ModelAdapter, config: QuantConfi
             module = _simulated(site, model.get_submodule(site.name))
             setattr(model.get_submodule(parent), leaf, module)
         out.append(Block(block.name, sites))
+    model.eval()  # new modules begin in training mode
     return out
 
 

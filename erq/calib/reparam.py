@@ -1,7 +1,8 @@
 """Reparameterization: a per-channel activation quantizer behind a LayerNorm becomes per-tensor.
 
-Source: RepQ-ViT's scale reparameterization as used by ERQ (method.md §4; docs/math.md). The mean zero
-point is rounded first: the folded quantizer then equals the per-channel one and has 2**bits levels.
+Source: RepQ-ViT's scale reparameterization as used by ERQ (method.md §4; docs/math.md). The mean
+zero point is rounded first: the folded quantizer then equals the per-channel one and has 2**bits
+levels.
 """
 
 from __future__ import annotations

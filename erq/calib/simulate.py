@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from erq.models.attention import ScaledScores
 from erq.models.patches import patches
 from erq.quant import (
-    dequantize,
     AffineParams,
     DualAffineParams,
     LogParams,
     WeightParams,
+    dequantize,
     fake_quantize,
     quantize,
 )
@@ -32,13 +32,16 @@ from erq_kernels.formats import GemmOperands, gemm_operands
 T = TypeVar("T")
 
 
-def _map_tensors(value: T, fn: Callable[[Tensor], Tensor]) -> T:
-    """The dataclass `value` with every tensor in it mapped, dtypes kept."""
+def _move_tensors(value: T, fn: Callable[[Tensor], Tensor]) -> T:
+    """The dataclass `value` with every tensor in it on the device that `fn` moves it to.
+
+    Its dtype and so its value stay: a quantizer whose scale went through half precision is another.
+    """
     if isinstance(value, Tensor):
-        return fn(value).to(value.dtype)  # type: ignore[return-value]
+        return value.to(fn(value).device)  # type: ignore[return-value]
     if is_dataclass(value) and not isinstance(value, type):
         return replace(
-            value, **{f.name: _map_tensors(getattr(value, f.name), fn) for f in fields(value)}
+            value, **{f.name: _move_tensors(getattr(value, f.name), fn) for f in fields(value)}
         )
     return value
 
@@ -51,7 +54,7 @@ class _Simulated(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in self._values:
-            setattr(self, name, _map_tensors(getattr(self, name), fn))
+            setattr(self, name, _move_tensors(getattr(self, name), fn))
         return self
 
 
@@ -148,7 +151,7 @@ def run_gemm(x: Tensor, x_params: AffineParams, operands: GemmOperands) -> Tenso
     y = reference.qlinear(
         codes, operands.weight, operands.scale, operands.scale2, operands.split, operands.bias
     )
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def check_on_grid(weight: Tensor, codes: Tensor, params: WeightParams) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +27,61 @@ from erq.deployment.modules import (
     QuantPatchEmbed,
     QuantScores,
     QuantValues,
+    _Deployed,
 )
 from erq.deployment.network import set_backend
-from erq.models import Site, UnsupportedModelError, adapter_named
+from erq.models import Site, adapter_named
+from erq.models.attention import ScaledScores, WeightedValues
 from erq.models.info import QuantizedModelInfo
+from erq.quant.params import MAX_BITS, MIN_BITS
+from erq_kernels.dispatch import check_backend
 
 FORMAT = 1
 
 
 class CheckpointError(ValueError):
-    """A file that is not a sound erq checkpoint; names the file, the tensor and what was expected."""
+    """A file that is no sound erq checkpoint; names the file, the tensor and what was expected."""
 
 
 def save(net: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a deployed model to one .safetensors file.
+    """Write a deployed model to one .safetensors file, byte for byte the same for the same model.
 
     Args:
-        net: what `erq.deploy` or `erq.load` returned.
+        net: what `erq.deploy` or `erq.load` returned. Floats are stored as float32.
         path: the file; an existing one is replaced only once the new one is complete.
 
     Raises:
-        ValueError: not a deployed model. CheckpointError: the file cannot be written.
+        ValueError: not a deployed model, or one that was changed since so that it would not load.
+        CheckpointError: the file cannot be written.
     """
-    if not hasattr(net, "erq_info") or not any(
-        isinstance(m, QuantPatchEmbed | QuantLinear) for m in net.modules()
-    ):
+    if not hasattr(net, "erq_info") or not any(isinstance(m, _Deployed) for m in net.modules()):
         raise ValueError(
             f"save takes a deployed model (erq.deploy or erq.load), got a {type(net).__name__}"
         )
-    target = Path(path)
-    tensors = {n: t.detach().cpu().contiguous() for n, t in net.state_dict().items()}
-    header = _header(net)
-    header["sha256"] = _digest(header, tensors)
-    data = to_bytes(tensors, metadata={"erq": json.dumps(header, sort_keys=True)})
-    write_atomically(target, data)
+    tensors = {n: _stored(t) for n, t in net.state_dict().items()}
+    info: Any = net.erq_info
+    try:
+        header = _header(net)
+        _check_structure(_skeleton(info, header["sites"], len(tensors)).state_dict(), tensors)
+        _check_floats(tensors)
+    except Exception as error:  # whatever the change broke
+        raise ValueError(
+            "the model was changed since it was deployed and would not load again: "
+            f"{_one_line(error)}"
+        ) from error
+    _sign(header, tensors)
+    data = to_bytes(tensors, metadata={"erq": json.dumps(header)})
+    write_atomically(Path(path), data)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    # A copy: safetensors refuses tensors that share memory, as those of tied layers do.
+    return tensor.detach().to("cpu", dtype, copy=True).contiguous()
 
 
 def write_atomically(target: Path, data: bytes) -> None:
@@ -69,35 +90,27 @@ def write_atomically(target: Path, data: bytes) -> None:
     Raises:
         CheckpointError: the folder does not exist, is not writable or is full; nothing is left.
     """
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise CheckpointError(
             f"{target}: the folder {target.parent} does not exist; create it first"
         )
-    if target.is_dir():
-        raise CheckpointError(f"{target} is a folder; name a file")
-    temporary = None
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise CheckpointError(f"{target} is a folder or a device; name a file")
+    temporary = target.with_name(f".erq-{secrets.token_hex(8)}.tmp")
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as file:
-            temporary = file.name
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # The temporary file is private to its owner; the result gets the usual permissions.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
-        temporary = None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"{target} could not be written ({error.strerror or error}); {len(data):,} bytes are "
-            "needed, and the old file, if any, is untouched"
+            f"{target} could not be written ({reason}); {len(data):,} bytes are needed, and the "
+            "old file, if any, is untouched"
         ) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    finally:  # Ctrl-C too; nothing is there once it has been renamed
+        temporary.unlink(missing_ok=True)
 
 
 def load(
@@ -114,41 +127,53 @@ def load(
         CheckpointError: the file, the tensor and what was expected.
         ValueError: an unknown backend. BackendError: a forced backend that cannot run.
     """
+    check_backend(backend)
     file = Path(path)
-    net: Any
     header, tensors = _read(file)
-    info = _info(file, header)
     try:
-        net = _skeleton(info, header["sites"])
-    except CheckpointError:
-        raise
+        info = _info(header)
+        net: Any = _skeleton(info, header["sites"], len(tensors))
     except Exception as error:  # a header that parses but describes no model, in whatever way
-        raise CheckpointError(f"{file}: the header describes no model: {error}") from error
-    _check_tensors(file, net.state_dict(), tensors)
-    net.load_state_dict(tensors, strict=True, assign=True)
+        raise CheckpointError(
+            f"{file}: the header describes no model: {_one_line(error)}"
+        ) from error
+    try:
+        _check_structure(net.state_dict(), tensors)
+        _check_digests(header, tensors)
+        _check_floats(tensors)
+        net.load_state_dict(tensors, strict=True, assign=True)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     net.requires_grad_(False).eval().to(device or "cpu")
-    for name, module in net.named_modules():
-        if hasattr(module, "repack"):
-            try:
-                module.repack()
-            except ValueError as error:
-                raise CheckpointError(f"{file}: {name}: {error}") from error
     net.erq_info = info
     net.erq_report = [
         s["errors"] | {"name": n} for n, s in header["sites"].items() if s.get("errors")
     ]
     set_backend(net, backend)
-    return net
+    return net  # type: ignore[no-any-return]
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The header of a checkpoint, after the same checks as `load` makes of the bytes.
+    """The header of a checkpoint whose bytes are sound, with `size_bytes` and `parameters`.
+
+    Args:
+        path: what `erq.save` wrote.
+
+    Returns:
+        The fields of docs/formats.md but the digests; `config` with every field.
 
     Raises:
         CheckpointError: the file and what is wrong with it.
     """
-    header, tensors = _read(Path(path))
-    header["size_bytes"] = Path(path).stat().st_size
+    file = Path(path)
+    header, tensors = _read(file)
+    try:
+        header["config"] = _info(header).config.to_dict()
+        _check_digests(header, tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    del header["tensors"], header["sha256"]
+    header["size_bytes"] = file.stat().st_size
     header["parameters"] = sum(t.numel() for t in tensors.values())
     return header
 
@@ -177,6 +202,8 @@ def _header(net: Any) -> dict[str, Any]:
         elif isinstance(module, QuantValues):
             scheme = "log_sqrt2_zero" if module.zero_last else "log_sqrt2"
             entry |= {"bits": module.bits, "scheme": scheme}
+        else:
+            raise ValueError(f"{site.name} is a {type(module).__name__} now")
         sites[site.name] = entry | {"errors": errors.get(site.name, {})}
     return {
         "format": FORMAT,
@@ -192,132 +219,262 @@ def _header(net: Any) -> dict[str, Any]:
     }
 
 
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the header without its digest and over every tensor's name and bytes."""
+def _sign(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Put the digest of every tensor, and that of the whole header, into the header."""
+    header["tensors"] = {name: _tensor_digest(tensors[name]) for name in sorted(tensors)}
+    header["sha256"] = _header_digest(header)
+
+
+def _header_digest(header: Mapping[str, Any]) -> str:
+    """SHA-256 over the header without its own digest."""
     plain = {k: v for k, v in header.items() if k != "sha256"}
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
-    for name in sorted(tensors):
-        t = tensors[name]
-        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 over a tensor's type, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file whose bytes are sound."""
-    if not file.is_file():
+    """Header and tensors of a file; the header is sound, the tensors are not yet checked."""
+    if os.path.isdir(file):
+        raise CheckpointError(f"{file} is a folder; name a file")
+    if not os.path.isfile(file):
         raise CheckpointError(f"{file}: no such file")
     try:
         with safetensors.safe_open(file, framework="pt") as f:
             metadata = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            # Clones: safetensors maps the file, and a model must not change with its file.
+            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own, OSError, MemoryError, …
         raise CheckpointError(
-            f"{file}: not a readable .safetensors file, cut off or damaged ({error})"
+            f"{file}: not a readable .safetensors file, cut off or damaged ({_one_line(error)})"
         ) from error
     if "erq" not in metadata:
         raise CheckpointError(
-            f"{file}: a .safetensors file without an erq header; erq.save and erq quantize write one"
+            f"{file}: a .safetensors file without an erq header; erq.save writes one"
         )
     try:
         header = json.loads(metadata["erq"])
         number = header["format"]
-    except (ValueError, TypeError, KeyError) as error:
+        sound = header.get("sha256") == _header_digest(header)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: the erq header is not the expected JSON object") from error
-    if not isinstance(number, int) or number > FORMAT or number < 1:
+    if type(number) is not int or number < 1:
+        raise CheckpointError(f"{file}: the header's format must be 1 or more, got {number!r}")
+    if number > FORMAT:
         raise CheckpointError(
-            f"{file}: format {number!r}, this version reads up to {FORMAT}: upgrade erq"
+            f"{file}: format {number}, this version reads up to {FORMAT}: upgrade erq"
         )
-    if header.get("sha256") != _digest(header, tensors):
+    if not sound:
         raise CheckpointError(
-            f"{file}: contents do not match their digest: the header or a tensor was changed or "
-            f"damaged{_first_difference(header, tensors)}"
+            f"{file}: the header does not match its digest: it was changed or damaged"
         )
     return header, tensors
 
 
-def _first_difference(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """A hint at what is wrong with a damaged file: a site without its tensors."""
-    sites = header.get("sites")
-    if isinstance(sites, dict):
-        for name, entry in sites.items():
-            key = f"{name}.packed"
-            if isinstance(entry, dict) and "shape" in entry and key not in tensors:
-                return f" ({key} is missing)"
-    return ""
+_Field = tuple[Callable[[Any], bool], str]
+_WIDTH: _Field = (lambda v: type(v) is int and MIN_BITS <= v <= MAX_BITS, "an integer from 2 to 8")
+_ERRORS: _Field = (
+    lambda v: isinstance(v, dict) and all(type(x) in (int, float) for x in v.values()),
+    "an object of numbers",
+)
+_NORM: _Field = (lambda v: v is None or isinstance(v, str), "a name or null")
+_LAYER: dict[str, _Field] = {
+    "norm": _NORM,
+    "bits": _WIDTH,
+    "a_bits": (
+        lambda v: type(v) is int and (MIN_BITS <= v <= MAX_BITS or v == FLOAT_BITS),
+        f"an integer from 2 to 8, or {FLOAT_BITS}",
+    ),
+    "shape": (
+        lambda v: isinstance(v, list) and [type(n) for n in v] == [int, int] and min(v) > 0,
+        "two integers > 0",
+    ),
+    "dual": (lambda v: type(v) is int and v >= 0, "an integer >= 0"),
+    "bias": (lambda v: type(v) is bool, "true or false"),
+    "scheme": (lambda v: v in ("affine", "dual"), "affine or dual"),
+    "errors": _ERRORS,
+}
+_SITE_FIELDS: dict[str, dict[str, _Field]] = {
+    "linear": _LAYER,
+    "conv": _LAYER
+    | {
+        "a_bits": (lambda v: v == FLOAT_BITS, f"{FLOAT_BITS}"),
+        "scheme": (lambda v: v == "affine", "affine"),
+    },
+    "matmul_qk": {
+        "norm": _NORM,
+        "bits": _WIDTH,
+        "scheme": (lambda v: v == "affine", "affine"),
+        "temperature": (lambda v: type(v) is float and 0 < v < float("inf"), "a number > 0"),
+        "errors": _ERRORS,
+    },
+    "matmul_av": {
+        "norm": _NORM,
+        "bits": _WIDTH,
+        "scheme": (
+            lambda v: v in ("log_sqrt2", "log_sqrt2_zero"),
+            "log_sqrt2 or log_sqrt2_zero",
+        ),
+        "errors": _ERRORS,
+    },
+}
 
 
-def _info(file: Path, header: Mapping[str, Any]) -> QuantizedModelInfo:
-    try:
-        return QuantizedModelInfo(
-            family=header["family"],
-            architecture=header["architecture"],
-            arch_kwargs=header["arch_kwargs"],
-            pretrained_cfg=header["pretrained_cfg"],
-            config=QuantConfig.from_dict(header["config"]),
-            calibration=header["calibration"],
-            sites=tuple(
-                Site(name, entry["kind"], entry["norm"]) for name, entry in header["sites"].items()
-            ),
+def _check_site(name: str, entry: Any) -> None:
+    """Raise ValueError, naming site and field, unless `entry` describes a site of its kind."""
+    kind = entry.get("kind") if isinstance(entry, dict) else None
+    if not isinstance(kind, str) or kind not in _SITE_FIELDS:
+        raise ValueError(
+            f"site {name} must be an object whose kind is one of {', '.join(_SITE_FIELDS)}, got "
+            f"{kind!r}"
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: the erq header is incomplete or wrong: {error}") from error
+    for key, (allowed, what) in _SITE_FIELDS[kind].items():
+        if key not in entry:
+            raise ValueError(f"site {name} lacks {key!r}, expected {what}")
+        if not allowed(entry[key]):
+            raise ValueError(f"site {name}: {key} must be {what}, got {entry[key]!r}")
+    if kind in ("linear", "conv"):
+        dual = entry["dual"]
+        if (entry["scheme"] == "dual") != (dual > 0) or dual >= entry["shape"][1]:
+            raise ValueError(
+                f"site {name}: dual must be 0 in the affine scheme and inside "
+                f"1..{entry['shape'][1] - 1} in the dual one, got {dual} ({entry['scheme']})"
+            )
 
 
-def _skeleton(info: QuantizedModelInfo, sites: Mapping[str, Any]) -> nn.Module:
-    """The deployed model with empty buffers, on the meta device where it is large."""
+def _info(header: Mapping[str, Any]) -> QuantizedModelInfo:
+    """What the header says of the model.
+
+    Raises:
+        ValueError: names the field that is missing or wrong.
+    """
+    strings = ("family", "architecture", "version", "created_by")
+    objects = ("arch_kwargs", "pretrained_cfg", "config", "calibration", "sites", "tensors")
+    for key in (*strings, *objects):
+        if not isinstance(header.get(key), str if key in strings else dict):
+            what = "a string" if key in strings else "an object"
+            got = f"{header[key]!r}" if key in header else "nothing"
+            raise ValueError(f"the header's {key} must be {what}, got {got}")
+    for name, entry in header["sites"].items():
+        _check_site(name, entry)
+    images = header["calibration"]
+    if type(images.get("n")) is not int or not isinstance(images.get("sha256"), str):
+        raise ValueError(
+            f"the header's calibration must hold an integer n and a string sha256, got {images!r}"
+        )
+    return QuantizedModelInfo(
+        family=header["family"],
+        architecture=header["architecture"],
+        arch_kwargs=header["arch_kwargs"],
+        pretrained_cfg=header["pretrained_cfg"],
+        config=QuantConfig.from_dict(header["config"]),
+        calibration=header["calibration"],
+        sites=tuple(Site(n, e["kind"], e["norm"]) for n, e in header["sites"].items()),
+    )
+
+
+def _skeleton(info: QuantizedModelInfo, sites: Mapping[str, Any], tensors: int) -> nn.Module:
+    """The deployed model without values, on the meta device.
+
+    Args:
+        tensors: how many tensors there are to fill it.
+
+    Raises:
+        Exception: of any kind, if `info` and `sites` describe no model.
+    """
     adapter = adapter_named(info.family)
+    # Every block has tensors: without this check a wrong depth would build for hours.
+    depth = info.arch_kwargs.get("depth", 0)
+    if depth > tensors:
+        raise ValueError(f"arch_kwargs: depth {depth} needs more than the {tensors} tensors given")
     with torch.device("meta"):
         net = adapter.build(info.arch_kwargs)
-    adapter.prepare(net)
-    for name, entry in sites.items():
-        parent_name, _, leaf = name.rpartition(".")
-        parent = net.get_submodule(parent_name)
-        old = getattr(parent, leaf)
-        if entry["kind"] == "linear":
-            n, k = entry["shape"]
-            new: nn.Module = QuantLinear(
-                k, n, entry["bits"], entry["a_bits"], entry["dual"], entry["bias"]
-            )
-        elif entry["kind"] == "conv":
-            kernel = (int(old.kernel_size[0]), int(old.kernel_size[1]))
-            new = QuantPatchEmbed(
-                old.in_channels, entry["shape"][0], kernel, entry["bits"], entry["bias"]
-            )
-        elif entry["kind"] == "matmul_qk":
-            new = QuantScores(entry["bits"], float(entry["temperature"]))
-        elif entry["kind"] == "matmul_av":
-            new = QuantValues(entry["bits"], entry["scheme"] == "log_sqrt2_zero")
-        else:
-            raise UnsupportedModelError(f"{name}: unknown kind {entry['kind']!r}")
-        setattr(parent, leaf, new)
-    for name in [n for n, e in sites.items() if e["kind"] == "matmul_qk"]:
-        path = name.rpartition(".")[0]
-        attention = net.get_submodule(path)
-        parent_name, _, leaf = path.rpartition(".")
-        setattr(
-            net.get_submodule(parent_name),
-            leaf,
-            QuantAttention.from_attention(attention, attention.qk, attention.av),  # type: ignore[arg-type]
-        )
+        understood = adapter.describe(net)
+        for key in sorted(understood.keys() ^ info.arch_kwargs.keys()):
+            state = "missing" if key in understood else "unknown"
+            raise ValueError(f"arch_kwargs: {key} is {state}")
+        for key, value in info.arch_kwargs.items():
+            if understood[key] != value:
+                raise ValueError(f"arch_kwargs: {key} cannot be {value!r}")
+        for name, module in net.named_modules():
+            if not 0 <= getattr(module, "eps", 0.0) < 1:
+                raise ValueError(f"arch_kwargs: {name} has eps {module.eps}, expected 0..1")
+        adapter.prepare(net)
+        for name, entry in sites.items():
+            parent_name, _, leaf = name.rpartition(".")
+            setattr(net.get_submodule(parent_name), leaf, _empty(net, name, entry))
+        for name in [n for n, e in sites.items() if e["kind"] in ("matmul_qk", "matmul_av")]:
+            path = name.rpartition(".")[0]
+            attention: Any = net.get_submodule(path)
+            if isinstance(attention, QuantAttention):
+                continue
+            qk, av = attention.qk, attention.av
+            if not isinstance(qk, QuantScores) or not isinstance(av, QuantValues):
+                raise ValueError(f"{path}: qk and av must both be sites, or neither")
+            parent_name, _, leaf = path.rpartition(".")
+            quantized = QuantAttention.from_attention(attention, qk, av)
+            setattr(net.get_submodule(parent_name), leaf, quantized)
     return net
 
 
-def _check_tensors(
-    file: Path, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> None:
-    """Raise CheckpointError at the first missing, unknown or misshapen tensor."""
+def _empty(net: nn.Module, name: str, entry: Mapping[str, Any]) -> nn.Module:
+    """The deployed module of a site, without values."""
+    old: Any = net.get_submodule(name)
+    if entry["kind"] == "linear" and isinstance(old, nn.Linear):
+        n, k = _checked_shape(name, entry, [old.out_features, old.in_features])
+        return QuantLinear(k, n, entry["bits"], entry["a_bits"], entry["dual"], entry["bias"])
+    if entry["kind"] == "conv" and isinstance(old, nn.Conv2d):
+        kernel = (old.kernel_size[0], old.kernel_size[1])
+        wanted = [old.out_channels, old.in_channels * kernel[0] * kernel[1]]
+        n, _ = _checked_shape(name, entry, wanted)
+        return QuantPatchEmbed(old.in_channels, n, kernel, entry["bits"], entry["bias"])
+    if entry["kind"] == "matmul_qk" and isinstance(old, ScaledScores):
+        return QuantScores(entry["bits"], entry["temperature"])
+    if entry["kind"] == "matmul_av" and isinstance(old, WeightedValues):
+        return QuantValues(entry["bits"], entry["scheme"] == "log_sqrt2_zero")
+    raise ValueError(f"site {name}: a {type(old).__name__} is no {entry['kind']}")
+
+
+def _checked_shape(name: str, entry: Mapping[str, Any], wanted: list[int]) -> list[int]:
+    if entry["shape"] != wanted:
+        raise ValueError(f"site {name}: shape must be {wanted}, got {entry['shape']}")
+    return wanted
+
+
+def _check_structure(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError at the first missing, unknown or misshapen tensor."""
     for name in sorted(expected.keys() - tensors.keys()):
-        raise CheckpointError(
-            f"{file}: tensor {name} is missing, expected {list(expected[name].shape)} "
-            f"{expected[name].dtype}"
-        )
+        want = expected[name]
+        raise ValueError(f"tensor {name} is missing, expected {want.dtype} {list(want.shape)}")
     for name in sorted(tensors.keys() - expected.keys()):
-        raise CheckpointError(f"{file}: tensor {name} is unknown to {file.name}'s architecture")
+        raise ValueError(f"tensor {name} is unknown to the architecture")
     for name, want in expected.items():
         got = tensors[name]
         if got.shape != want.shape or got.dtype != want.dtype:
-            raise CheckpointError(
-                f"{file}: tensor {name} is {got.dtype} {list(got.shape)}, expected {want.dtype} "
+            raise ValueError(
+                f"tensor {name} is {got.dtype} {list(got.shape)}, expected {want.dtype} "
                 f"{list(want.shape)}"
             )
+
+
+def _check_digests(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError at the first tensor that is not the one the header was written for."""
+    digests = header["tensors"]
+    for name in sorted(digests.keys() ^ tensors.keys()):
+        state = "missing" if name in digests else "unknown to the header"
+        raise ValueError(f"tensor {name} is {state}")
+    for name, tensor in tensors.items():
+        if digests[name] != _tensor_digest(tensor):
+            raise ValueError(f"tensor {name} does not match its digest: it was changed or damaged")
+
+
+def _check_floats(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError at the first float tensor that is not finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"tensor {name} holds NaN or infinite values")

@@ -17,6 +17,7 @@ from erq.deployment.modules import (
 )
 from erq.deployment.network import set_backend
 from erq.models.attention import Attention
+from erq_kernels.dispatch import check_backend
 
 
 def deploy(sim: Any, backend: str = "auto") -> nn.Module:
@@ -33,9 +34,13 @@ def deploy(sim: Any, backend: str = "auto") -> nn.Module:
         ValueError: not a simulated model, or an unknown backend.
         BackendError: a forced backend that cannot run some layer, with the reason.
     """
-    if not hasattr(sim, "erq_info"):
+    check_backend(backend)
+    simulated = SimLinear | SimConv2d | SimScores | SimValues
+    modules = sim.modules() if isinstance(sim, nn.Module) and hasattr(sim, "erq_info") else ()
+    if not any(isinstance(m, simulated) for m in modules):
         raise ValueError(
-            f"deploy takes the model that erq.quantize returned, got a {type(sim).__name__}"
+            "deploy takes the model that erq.quantize returned, with at least one quantized site, "
+            f"got a {type(sim).__name__} without any"
         )
     net: Any = deepcopy(sim)
     for name, module in list(net.named_modules()):

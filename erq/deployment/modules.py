@@ -1,12 +1,12 @@
 """Deployed modules: packed codes and scales as buffers, kernels to run them.
 
 Persistent buffers are what a checkpoint holds, under the names of api "Checkpoint". Layouts that
-kernels read are made from them by `repack` when a module is created, loaded or moved.
+kernels read are made from them by `repack` when a module is created or loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -20,12 +20,64 @@ from erq.quant import AffineParams, DualAffineParams, LogParams, WeightParams, q
 from erq.quant.fit import fit_weight
 from erq_kernels import dispatch, ops
 from erq_kernels.formats import GemmOperands, gemm_operands, pack, packed_size, unpack
+from erq_kernels.reference import dequantize_weight
+
+# fp32 adds a zero point of smaller magnitude to a rounded value without rounding again.
+_ZERO_POINT_LIMIT = 1 << 24
+
+
+def _move(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """`tensor` on the device that `fn` puts it, its dtype and values kept."""
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+
+def _check_scale(name: str, scale: Tensor | None) -> None:
+    if scale is None:
+        return
+    # Values are multiplied by 1 / scale, which overflows for the smallest numbers of fp32.
+    good = torch.isfinite(scale) & (scale > 0) & torch.isfinite(scale.reciprocal())
+    if not bool(good.all()):
+        bad = float(scale.reshape(-1)[~good.reshape(-1)][0])
+        raise ValueError(f"{name} must be finite and > 0, and so must its reciprocal, got {bad}")
+
+
+def _check_zero_point(name: str, zero_point: Tensor | None) -> None:
+    if zero_point is not None and bool((zero_point.long().abs() >= _ZERO_POINT_LIMIT).any()):
+        worst = int(zero_point.long().abs().max())
+        raise ValueError(f"{name} must be below 2**24 in magnitude, got one of {worst:,}")
 
 
 class _Deployed(nn.Module):
-    """A module with a backend."""
+    """A module with a backend, whose buffers keep their dtype under `.half()` and the like."""
 
     backend: str = "auto"
+
+    def repack(self) -> None:
+        """Check the buffers and make what the kernels read from them.
+
+        Raises:
+            ValueError: a value that no quantizer has; the text starts with the buffer's name.
+        """
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Scales rounded to fp16 would be others: only the device follows.
+        return super()._apply(lambda t: _move(t, fn), recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        before = len(missing_keys) + len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if len(missing_keys) + len(error_msgs) == before:
+            try:
+                self.repack()
+            except ValueError as error:
+                raise ValueError(f"{prefix}{error}") from error
 
 
 class _PackedWeight(_Deployed):
@@ -82,26 +134,76 @@ class _PackedWeight(_Deployed):
         """uint8 codes [N, K]."""
         return unpack(self.packed, self.w_bits, (self.out_features, self.in_features))
 
-    def check_values(self) -> None:
-        """Raise ValueError, naming the buffer, if a value cannot be a quantizer's."""
-        for name in ("scale", "scale2"):
-            value = getattr(self, name)
-            if value is not None and not bool((torch.isfinite(value) & (value > 0)).all()):
-                raise ValueError(f"{name} must be finite and > 0")
+    @property
+    def weight(self) -> Tensor:
+        """fp32 [N, K], the values of the codes, for models that read a weight themselves."""
+        return dequantize_weight(
+            self.packed,
+            self.w_bits,
+            (self.out_features, self.in_features),
+            self.scale,
+            self.zero_point,
+            self.scale2,
+            self.zero_point2,
+            self.dual_columns,
+        )
+
+    def repack(self) -> None:
+        """Check the buffers; the packed codes themselves are what the kernels read.
+
+        Raises:
+            ValueError: a value that no quantizer has; the text starts with the buffer's name.
+        """
+        _check_scale("scale", self.scale)
+        _check_scale("scale2", self.scale2)
         columns = self.dual_columns
         if columns is not None:
             inside = bool((columns >= 0).all()) and bool((columns < self.in_features).all())
             if not inside or not bool((columns.diff() > 0).all()):
+                shown = ", ".join(str(int(c)) for c in columns[:8])
                 raise ValueError(
-                    f"dual_columns must be sorted, distinct and inside 0..{self.in_features - 1}"
+                    f"dual_columns must be sorted, distinct and inside 0..{self.in_features - 1}, "
+                    f"got {shown}{', …' if len(columns) > 8 else ''}"
                 )
         if self.bias is not None and not bool(torch.isfinite(self.bias).all()):
-            raise ValueError("bias must be finite")
+            raise ValueError("bias must be finite, got NaN or infinite values")
+        self._check_centered()
+
+    def _check_centered(self) -> None:
+        """Raise ValueError, naming the zero point, unless every code − zero_point fits int8."""
+        codes = self.weight_codes()
+        dual = torch.zeros(self.in_features, dtype=torch.bool, device=codes.device)
+        if self.dual_columns is not None:
+            dual[self.dual_columns] = True
+        parts = (("zero_point", self.zero_point, ~dual), ("zero_point2", self.zero_point2, dual))
+        for name, zero_point, columns in parts:
+            part = codes[:, columns]
+            if zero_point is None or not part.numel():
+                continue
+            lowest = int((part.amin(dim=1).long() - zero_point).min())
+            highest = int((part.amax(dim=1).long() - zero_point).max())
+            if lowest < -128 or highest > 127:
+                raise ValueError(
+                    f"{name}: weight code − zero_point must fit int8 (−128..127), got "
+                    f"{lowest}..{highest}; fit the weight with centered_int8"
+                )
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """[..., K] → [M, K].
+
+        Raises:
+            ValueError: another last dimension.
+        """
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"the layer takes [..., {self.in_features}], got a tensor {list(x.shape)}"
+            )
+        return x.reshape(-1, self.in_features)
 
     def _linear(self, x: Tensor) -> Tensor:
         """Weight-only product for float rows [..., K]."""
         y = ops.dequant_linear(
-            x.reshape(-1, self.in_features),
+            self._rows(x),
             self.packed,
             self.w_bits,
             self.scale,
@@ -112,7 +214,20 @@ class _PackedWeight(_Deployed):
             self.bias,
             self.backend,
         )
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return y.reshape(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
+
+    def kernel(self) -> str:
+        """The backend that runs this layer's product on its device.
+
+        Raises:
+            BackendError: a forced backend cannot run the layer.
+        """
+        x = torch.empty(1, self.in_features, device=self.packed.device)
+        args = (
+            x, self.packed, self.w_bits, self.scale, self.zero_point, self.scale2,
+            self.zero_point2, self.dual_columns, self.bias,
+        )  # fmt: skip
+        return dispatch.select("dequant_linear", self.backend, *args)
 
     def extra_repr(self) -> str:
         return (
@@ -168,7 +283,9 @@ class QuantLinear(_PackedWeight):
         layer = cls(k, n, w_params.bits, a_bits, dual, bias is not None).to(weight.device)
         layer.set_weight(weight, w_params, bias)
         if x_params is not None:
-            layer.x_scale, layer.x_zero_point = x_params.scale, x_params.zero_point
+            # Layers behind one norm share their params, but not their buffers.
+            layer.x_scale = x_params.scale.clone()
+            layer.x_zero_point = x_params.zero_point.clone()
         layer.repack()
         return layer
 
@@ -176,7 +293,7 @@ class QuantLinear(_PackedWeight):
     def from_linear(
         cls,
         linear: nn.Linear,
-        config: QuantConfig | str | dict[str, Any],
+        config: QuantConfig | str | Mapping[str, Any],
         x_params: AffineParams | None = None,
     ) -> QuantLinear:
         """One layer by hand: weights rounded to nearest, no data needed for a_bits=16.
@@ -184,11 +301,14 @@ class QuantLinear(_PackedWeight):
         Args:
             linear: the full-precision layer, unchanged.
             config: a QuantConfig, a preset's name or a dict; its w_bits and a_bits count.
-            x_params: the activation quantizer, required if a_bits < 16.
+            x_params: the activation quantizer, per tensor, required if a_bits < 16.
 
         Raises:
-            ValueError: x_params missing, or of another width than a_bits.
+            ValueError: not a linear layer; x_params missing, of another width than a_bits, or per
+                channel.
         """
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"from_linear takes an nn.Linear, got a {type(linear).__name__}")
         settings = as_config(config)
         if settings.a_bits == FLOAT_BITS and x_params is not None:
             raise ValueError("a_bits=16 keeps activations float: leave x_params out")
@@ -198,19 +318,26 @@ class QuantLinear(_PackedWeight):
                 f"a_bits={settings.a_bits} needs x_params of that width, got {got}: calibrate the "
                 "model with erq.quantize, fit params with erq.quant.fit, or use a_bits=16"
             )
+        if x_params is not None and x_params.scale.dim() != 0:
+            raise ValueError(
+                "x_params must be one scale and one zero point for the whole tensor, got "
+                f"{list(x_params.scale.shape)}: fit them with erq.quant.fit.fit_tensor"
+            )
         params = fit_weight(linear.weight.detach().float(), settings.w_bits)
         return cls.from_params(linear.weight.detach().float(), linear.bias, params, x_params)
 
     def repack(self) -> None:
-        """Make the layout that the integer GEMM reads from the persistent buffers.
+        """Check the buffers and make the layout that the integer GEMM reads from them.
 
         Raises:
-            ValueError: values that no quantizer has.
+            ValueError: a value that no quantizer has; the text starts with the buffer's name.
         """
-        self.check_values()
+        super().repack()
+        _check_scale("x_scale", self.x_scale)
+        _check_zero_point("x_zero_point", self.x_zero_point)
         if self.x_scale is None or self.x_zero_point is None:
             return
-        self._operands = gemm_operands(
+        operands = gemm_operands(
             self.weight_codes(),
             self.scale,
             self.zero_point,
@@ -222,61 +349,73 @@ class QuantLinear(_PackedWeight):
             self.zero_point2,
             self.dual_columns,
         )
-
-    def check_values(self) -> None:
-        """Raise ValueError, naming the buffer, if a value cannot be a quantizer's."""
-        super().check_values()
-        x = self.x_scale
-        if x is not None and not (bool(torch.isfinite(x)) and bool(x > 0)):
-            raise ValueError("x_scale must be finite and > 0")
+        for factor in (operands.scale, operands.scale2, operands.bias):
+            if factor is not None and not bool(torch.isfinite(factor).all()):
+                raise ValueError("x_scale · scale, or the bias folded with it, overflows fp32")
+        self._operands = operands
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N], in x's dtype."""
-        operands = self._operands
-        if operands is None or self.x_scale is None or self.x_zero_point is None:
+        if self.x_scale is None or self.x_zero_point is None:
             return self._linear(x)
         codes = ops.quantize(
-            x.reshape(-1, self.in_features),
+            self._rows(x),
             self.x_scale.reciprocal(),
             self.x_zero_point,
             self.a_bits,
             self.backend,
         )
-        if operands.order is not None:
-            codes = codes.index_select(1, operands.order)
-        y = ops.qlinear(
-            codes,
-            operands.weight,
-            operands.scale,
-            operands.scale2,
-            operands.split,
-            operands.bias,
-            out_dtype=x.dtype,
-            backend=self.backend,
-        )
+        y = self.multiply(self.in_gemm_order(codes), out_dtype=x.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def kernel(self) -> str:
-        """The backend that runs this layer's product on its device."""
+    @property
+    def operands(self) -> GemmOperands:
+        """What the integer GEMM reads.
+
+        Raises:
+            ValueError: a layer with float activations has none, nor has an empty one.
+        """
         if self._operands is None:
-            probe = torch.empty(1, self.in_features, device=self.packed.device)
-            args: tuple[Any, ...] = (
-                probe, self.packed, self.w_bits, self.scale, self.zero_point, self.scale2,
-                self.zero_point2, self.dual_columns, self.bias,
-            )  # fmt: skip
-            return dispatch.select("dequant_linear", self.backend, *args)
-        o = self._operands
-        codes = torch.empty(1, self.in_features, dtype=torch.int8, device=o.weight.device)
+            raise ValueError(
+                "no integer operands: a layer with float activations (a_bits=16) has none, an "
+                "empty one gets them from from_params, from_linear or a state dict"
+            )
+        return self._operands
+
+    def in_gemm_order(self, codes: Tensor) -> Tensor:
+        """Codes [M, K] in natural order → [M, K'] as the GEMM reads them."""
+        order = self.operands.order
+        return codes if order is None else codes.index_select(1, order)
+
+    def multiply(self, codes: Tensor, **epilogue: Any) -> Tensor:
+        """`ops.qlinear` of codes [M, K'] in GEMM order with this layer's weight: [M, N]."""
+        o = self.operands
+        return ops.qlinear(  # type: ignore[no-any-return]
+            codes, o.weight, o.scale, o.scale2, o.split, o.bias, backend=self.backend, **epilogue
+        )
+
+    def kernel(self) -> str:
+        """The backend that runs this layer's product on its device.
+
+        Raises:
+            BackendError: a forced backend cannot run the layer, or quantize its input.
+        """
+        if self.x_scale is None or self.x_zero_point is None:
+            return super().kernel()
+        o = self.operands
+        x = torch.empty(1, self.in_features, device=self.packed.device)
+        quantizer = (self.x_scale.reciprocal(), self.x_zero_point, self.a_bits)
+        dispatch.select("quantize", self.backend, x, *quantizer)
+        codes = torch.empty(1, o.weight.shape[1], dtype=torch.int8, device=x.device)
         args = (codes, o.weight, o.scale, o.scale2, o.split, o.bias)
         return dispatch.select("qlinear", self.backend, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Scales stay fp32 under .half(): only the device follows.
-        super()._apply(lambda t: fn(t).to(t.dtype), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         o = self._operands
         if o is not None:
             moved: dict[str, Any] = {
-                f.name: fn(v).to(v.dtype) if isinstance(v, Tensor) else v
+                f.name: _move(v, fn) if isinstance(v, Tensor) else v
                 for f in fields(o)
                 for v in [getattr(o, f.name)]
             }
@@ -297,21 +436,11 @@ class QuantPatchEmbed(_PackedWeight):
         super().__init__(in_channels * kernel[0] * kernel[1], out_features, w_bits, 0, bias)
         self.in_channels, self.kernel_size = in_channels, kernel
 
-    def repack(self) -> None:
-        """Check the buffers; the packed codes themselves are what the kernel reads."""
-        self.check_values()
-
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, N, H/kh, W/kw]."""
         y = self._linear(patches(x, self.kernel_size))
         grid = (x.shape[2] // self.kernel_size[0], x.shape[3] // self.kernel_size[1])
         return y.transpose(1, 2).reshape(x.shape[0], -1, *grid)
-
-    def kernel(self) -> str:
-        """The backend that runs this layer's product on its device."""
-        probe = torch.empty(1, self.in_features, device=self.packed.device)
-        args = (probe, self.packed, self.w_bits, self.scale, self.zero_point)
-        return dispatch.select("dequant_linear", self.backend, *args)
 
 
 class _Operands(_Deployed):
@@ -321,15 +450,15 @@ class _Operands(_Deployed):
         super().__init__()
         self.bits = bits
 
-    def check_values(self) -> None:
-        """Raise ValueError, naming the buffer, if a value cannot be a quantizer's."""
-        for name, value in self.named_buffers(recurse=False):
-            if name.endswith("scale") and not (bool(torch.isfinite(value)) and bool(value > 0)):
-                raise ValueError(f"{name} must be finite and > 0")
-
     def repack(self) -> None:
-        """Check the buffers."""
-        self.check_values()
+        """Check the buffers; the kernels read them as they are.
+
+        Raises:
+            ValueError: a value that no quantizer has; the text starts with the buffer's name.
+        """
+        for name, value in self.named_buffers(recurse=False):
+            check = _check_scale if name.endswith("scale") else _check_zero_point
+            check(name, value)
 
 
 class QuantScores(_Operands):
@@ -351,10 +480,20 @@ class QuantScores(_Operands):
             self.register_buffer(f"{name}_scale", torch.tensor(1.0))
             self.register_buffer(f"{name}_zero_point", torch.tensor(0, dtype=torch.int32))
 
+    def repack(self) -> None:
+        """Check the buffers, as `_Operands.repack`, and what is made of them."""
+        super().repack()
+        _check_scale("q_scale · k_scale · temperature", self.factor)
+
+    @property
+    def factor(self) -> Tensor:
+        """fp32 [], what an integer score stands for."""
+        return self.q_scale * self.k_scale * self.temperature
+
     def set_params(self, q: AffineParams, k: AffineParams) -> None:
         """Take over calibrated quantizers."""
-        self.q_scale, self.q_zero_point = q.scale, q.zero_point
-        self.k_scale, self.k_zero_point = k.scale, k.zero_point
+        self.q_scale, self.q_zero_point = q.scale.clone(), q.zero_point.clone()
+        self.k_scale, self.k_zero_point = k.scale.clone(), k.zero_point.clone()
 
 
 class QuantValues(_Operands):
@@ -375,10 +514,20 @@ class QuantValues(_Operands):
         self.register_buffer("v_scale", torch.tensor(1.0))
         self.register_buffer("v_zero_point", torch.tensor(0, dtype=torch.int32))
 
+    def repack(self) -> None:
+        """Check the buffers, as `_Operands.repack`, and what is made of them."""
+        super().repack()
+        _check_scale("p_scale · v_scale", self.factor)
+
+    @property
+    def factor(self) -> Tensor:
+        """fp32 [], what a whole value stands for."""
+        return self.p_scale * self.v_scale
+
     def set_params(self, p: LogParams, v: AffineParams) -> None:
         """Take over calibrated quantizers."""
-        self.p_scale = p.scale
-        self.v_scale, self.v_zero_point = v.scale, v.zero_point
+        self.p_scale = p.scale.clone()
+        self.v_scale, self.v_zero_point = v.scale.clone(), v.zero_point.clone()
 
 
 class QuantAttention(Attention):
@@ -397,21 +546,47 @@ class QuantAttention(Attention):
 
     def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q kᵀ · temperature) v for float [B, H, T, D] each."""
+        backend = self.qk.backend
+        codes = [
+            ops.quantize(x, *quantizer, backend)
+            for x, quantizer in zip((q, k, v), self._quantizers(), strict=True)
+        ]
+        y = ops.qattention(*codes, *self._factors(), backend=backend)
+        return y.to(q.dtype)  # type: ignore[no-any-return]
+
+    def kernel(self) -> str:
+        """The backend that runs the attention core on its device.
+
+        Raises:
+            BackendError: a forced backend cannot run it, or quantize q, k and v.
+        """
+        backend, shape = self.qk.backend, (1, self.num_heads, 1, self.head_dim)
+        x = torch.empty(shape, device=self.qk.q_scale.device)
+        for quantizer in self._quantizers():
+            dispatch.select("quantize", backend, x, *quantizer)
+        codes = x.to(torch.int8)
+        return dispatch.select("qattention", backend, codes, codes, codes, *self._factors())
+
+    def _quantizers(self) -> tuple[tuple[Tensor, Tensor, int], ...]:
+        """(1 / scale, zero point, bits) of q, k and v."""
         qk, av = self.qk, self.av
-        backend = qk.backend
-        y = ops.qattention(
-            ops.quantize(q, qk.q_scale.reciprocal(), qk.q_zero_point, qk.bits, backend),
-            ops.quantize(k, qk.k_scale.reciprocal(), qk.k_zero_point, qk.bits, backend),
-            ops.quantize(v, av.v_scale.reciprocal(), av.v_zero_point, av.bits, backend),
+        return (
+            (qk.q_scale.reciprocal(), qk.q_zero_point, qk.bits),
+            (qk.k_scale.reciprocal(), qk.k_zero_point, qk.bits),
+            (av.v_scale.reciprocal(), av.v_zero_point, av.bits),
+        )
+
+    def _factors(self) -> tuple[Any, ...]:
+        """What `ops.qattention` takes after the codes."""
+        qk, av = self.qk, self.av
+        return (
             qk.q_zero_point,
             qk.k_zero_point,
             av.v_zero_point,
-            qk.q_scale * qk.k_scale * qk.temperature,
+            qk.factor,
             av.p_scale.reciprocal(),
-            av.p_scale * av.v_scale,
+            av.factor,
             qk.bits,
             av.bits,
             av.zero_last,
-            backend=backend,
         )
-        return y.to(q.dtype)

@@ -8,7 +8,14 @@ from typing import Any
 from torch import nn
 
 from erq.config import FLOAT_BITS, QuantConfig, as_config
-from erq.deployment.modules import QuantLinear, QuantPatchEmbed, QuantScores, QuantValues, _Deployed
+from erq.deployment.modules import (
+    QuantAttention,
+    QuantLinear,
+    QuantPatchEmbed,
+    QuantScores,
+    QuantValues,
+    _Deployed,
+)
 from erq_kernels.dispatch import check_backend
 
 
@@ -23,7 +30,7 @@ def set_backend(net: nn.Module, backend: str) -> None:
         if isinstance(module, _Deployed):
             module.backend = backend
     for module in net.modules():
-        if isinstance(module, QuantLinear | QuantPatchEmbed):
+        if isinstance(module, QuantLinear | QuantPatchEmbed | QuantAttention):
             module.kernel()
 
 
@@ -38,6 +45,7 @@ def summary(net: nn.Module) -> str:
     """
     rows = [("site", "weight", "act", "scheme", "kernel", "bytes", "fp32 bytes")]
     packed = full = 0
+    attention_kernel = ""
     for name, module in net.named_modules():
         if isinstance(module, QuantLinear | QuantPatchEmbed):
             size = sum(b.numel() * b.element_size() for b in module.buffers())
@@ -50,20 +58,20 @@ def summary(net: nn.Module) -> str:
                     f"A{a_bits}", module.scheme, module.kernel(), f"{size:,}", f"{original:,}",
                 )
             )  # fmt: skip
+        elif isinstance(module, QuantAttention):
+            attention_kernel = module.kernel()  # its qk and av come next
         elif isinstance(module, QuantScores | QuantValues):
             scheme = "affine" if isinstance(module, QuantScores) else "log√2 × affine"
-            rows.append((name, "", f"A{module.bits}", scheme, "", "", ""))
+            rows.append((name, "", f"A{module.bits}", scheme, attention_kernel, "", ""))
     if len(rows) == 1:
         raise ValueError(
             "the model has no deployed layers: erq.deploy(sim) or erq.load(file) first"
         )
     rows.append(("total", "", "", "", "", f"{packed:,}", f"{full:,}"))
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    right = (5, 6)
+    align = [str.ljust] * 5 + [str.rjust] * 2
     return "\n".join(
-        "  ".join(
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths))
-        ).rstrip()
+        "  ".join(put(c, w) for put, c, w in zip(align, r, widths, strict=True)).rstrip()
         for r in rows
     )
 
@@ -73,18 +81,24 @@ def swap_linears(
     config: QuantConfig | str | Mapping[str, Any] = "w4a16",
     filter: Callable[[str, nn.Linear], bool] | None = None,
 ) -> nn.Module:
-    """Replace every nn.Linear of any torch model by a weight-only QuantLinear, in place, without data.
+    """Make every nn.Linear of any torch model a weight-only QuantLinear, in place, without data.
 
     Args:
-        module: any model; returned, with its layers swapped.
+        module: any model; returned, with its layers swapped. An nn.Linear itself cannot be swapped
+            in place: its QuantLinear is returned.
         config: its w_bits count; a_bits must be 16. `keep_float` and `overrides` apply to paths.
         filter: called with (path, layer); False leaves that layer alone.
 
     Raises:
-        ValueError: activations below 16 bits, which need calibration; no layer to swap.
+        ValueError: not a module; activations below 16 bits, which need calibration; no layer to
+            swap.
     """
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"swap_linears takes a torch module, got a {type(module).__name__}")
     settings = as_config(config)
-    layers = {n: m for n, m in module.named_modules() if type(m) is nn.Linear}
+    # A layer that stands at several paths is one layer at all of them.
+    everything = module.named_modules(remove_duplicate=False)
+    layers = {n: m for n, m in everything if type(m) is nn.Linear}
     settings.check_globs(list(layers))
     chosen = {
         name: settings.for_site(name)
@@ -100,8 +114,16 @@ def swap_linears(
                 f"{own.a_bits} for {name or 'the layer'}; quantized activations need erq.quantize"
             )
     if "" in chosen:
-        return QuantLinear.from_linear(layers[""], chosen[""])
+        return _weight_only(layers[""], chosen[""])
+    made: dict[tuple[nn.Module, int], QuantLinear] = {}
     for name, own in chosen.items():
+        key = (layers[name], own.w_bits)
+        if key not in made:
+            made[key] = _weight_only(layers[name], own)
         parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, QuantLinear.from_linear(layers[name], own))
+        setattr(module.get_submodule(parent), leaf, made[key])
     return module
+
+
+def _weight_only(layer: nn.Linear, config: QuantConfig) -> QuantLinear:
+    return QuantLinear.from_linear(layer, config).train(layer.training)

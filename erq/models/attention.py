@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +54,7 @@ class Attention(nn.Module):
         self.norm, self.proj = norm, proj
 
     @classmethod
-    def from_timm(cls, source: nn.Module) -> Attention:
+    def from_timm(cls, source: Any) -> Attention:
         """The rewritten form of a `timm.layers.Attention` without a gate; submodules are shared."""
         num_heads = int(source.num_heads)
         return cls(

@@ -1,4 +1,4 @@
-"""The vocabulary every adapter answers in: sites, blocks, and what an adapter must be able to do."""
+"""The vocabulary of adapters: sites, blocks, and what an adapter must be able to do."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ class Block:
 class ModelAdapter(Protocol):
     """What the pipeline needs to know of a model family.
 
-    A model is a list of blocks: the embedding (images → tokens), the transformer blocks
-    (tokens → tokens) and the head (tokens → logits). `run_block` over all of them is the model.
+    A model is a list of blocks: the embedding (images → tokens), the residual halves of the
+    transformer blocks (tokens → tokens: attention, MLP, …) and the head (tokens → logits).
+    `run_block` over all of them is the model. Small blocks make calibration fast: what stands
+    before a site in its block is computed again for that site.
     """
 
     family: str

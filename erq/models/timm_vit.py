@@ -47,7 +47,7 @@ class TimmVit:
             block.attn = Attention.from_timm(block.attn)
 
     def blocks(self, model: Any) -> list[Block]:
-        """Embedding, transformer blocks, head; see `ModelAdapter.blocks`."""
+        """Embedding, each block's attention and MLP halves, head; see `ModelAdapter.blocks`."""
         out = [Block("patch_embed", (Site("patch_embed.proj", "conv"),))]
         for i, block in enumerate(model.blocks):
             name = f"blocks.{i}"
@@ -58,19 +58,14 @@ class TimmVit:
                 for n in ("fc1_g", "fc1_x", "fc1")
                 if hasattr(block.mlp, n)
             ]
-            out.append(
-                Block(
-                    name,
-                    (
-                        Site(f"{name}.attn.qkv", "linear", norm1),
-                        Site(f"{name}.attn.qk", "matmul_qk"),
-                        Site(f"{name}.attn.av", "matmul_av"),
-                        Site(f"{name}.attn.proj", "linear"),
-                        *mlp,
-                        Site(f"{name}.mlp.fc2", "linear"),
-                    ),
-                )
+            attention = (
+                Site(f"{name}.attn.qkv", "linear", norm1),
+                Site(f"{name}.attn.qk", "matmul_qk"),
+                Site(f"{name}.attn.av", "matmul_av"),
+                Site(f"{name}.attn.proj", "linear"),
             )
+            out.append(Block(f"{name}.attn", attention))
+            out.append(Block(f"{name}.mlp", (*mlp, Site(f"{name}.mlp.fc2", "linear"))))
         heads = [n for n in ("head", "head_dist") if _is_head(getattr(model, n, None))]
         out.append(Block("head", tuple(Site(n, "linear") for n in heads)))
         return out
@@ -79,10 +74,16 @@ class TimmVit:
         """One block of the model; see `ModelAdapter.run_block`."""
         if index == 0:
             x = model._pos_embed(model.patch_embed(x))
-            return model.norm_pre(model.patch_drop(x))
-        if index <= len(model.blocks):
-            return model.blocks[index - 1](x)
-        return model.forward_head(model.norm(x))
+            x = model.norm_pre(model.patch_drop(x))
+        elif index <= 2 * len(model.blocks):
+            block = model.blocks[(index - 1) // 2]
+            if index % 2:
+                x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+            else:
+                x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        else:
+            x = model.forward_head(model.norm(x))
+        return x
 
     def input_shape(self, model: Any) -> tuple[int, int | None, int | None]:
         """(channels, height, width); see `ModelAdapter.input_shape`."""
@@ -170,7 +171,7 @@ class TimmVit:
         norm_name, eps, act = k.pop("norm"), k.pop("norm_eps"), k.pop("act")
         norm_class = next(c for c in _NORMS if c.__name__ == norm_name)
         size = k.pop("img_size")
-        model = cls(
+        model: Any = cls(
             **k,
             img_size=None if size is None else tuple(size),
             norm_layer=partial(norm_class, eps=eps),
@@ -183,7 +184,8 @@ class TimmVit:
             proj = model.patch_embed.proj
             bias = nn.Parameter(torch.zeros(proj.out_channels)) if patch_bias else None
             proj.register_parameter("bias", bias)
-        return model
+        built: nn.Module = model
+        return built
 
 
 def _is_head(module: nn.Module | None) -> bool:
@@ -241,8 +243,14 @@ def _check_structure(model: Any) -> None:
                 raise UnsupportedModelError(f"{name}.{part}: eps differs from blocks.0.norm1")
         for part in ("ls1", "ls2"):
             _require(getattr(block, part), (*identity, timm.layers.LayerScale), f"{name}.{part}")
-        for part in ("qkv", "proj"):
-            _require(getattr(block.attn, part), (nn.Linear,), f"{name}.attn.{part}")
+        for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"):
+            owner, _, leaf = part.partition(".")
+            if hasattr(getattr(block, owner), leaf):
+                _require(block.get_submodule(part), (nn.Linear,), f"{name}.{part}")
+        for part in ("attn.q_norm", "attn.k_norm", "attn.norm", "mlp.norm"):
+            owner, _, leaf = part.partition(".")
+            if hasattr(getattr(block, owner), leaf):
+                _require(block.get_submodule(part), norms + identity, f"{name}.{part}")
     for part in ("norm", "fc_norm", "norm_pre"):
         _require(getattr(model, part), norms + identity, part)
     for part in ("head", "head_dist"):
@@ -256,8 +264,16 @@ def _act_name(act: nn.Module) -> str:
     return _ACTS[type(act)]
 
 
-def _check_twin(model: Any, twin: Any) -> None:
-    """Raise if the rebuilt architecture has other parameters or module types than the model."""
+def _behaviour(module: nn.Module) -> dict[str, Any]:
+    """What a module computes beyond its parameters, as far as modules of one model may differ."""
+    if type(module) in _ACTS:
+        return {"activation": _act_name(module)}
+    names = ("num_heads", "scale", "eps", "gate_last")
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}
+
+
+def _check_twin(model: nn.Module, twin: nn.Module) -> None:
+    """Raise if the rebuilt architecture has other parameters or computes something else."""
     ours = {n: tuple(p.shape) for n, p in model.state_dict().items()}
     built = {n: tuple(p.shape) for n, p in twin.state_dict().items()}
     for name in sorted(ours.keys() | built.keys()):
@@ -265,4 +281,11 @@ def _check_twin(model: Any, twin: Any) -> None:
             raise UnsupportedModelError(
                 f"{name}: the model has shape {ours.get(name)}, its architecture as understood has "
                 f"{built.get(name)}"
+            )
+    rebuilt = dict(twin.named_modules())
+    for name, module in model.named_modules():
+        if name in rebuilt and _behaviour(module) != _behaviour(rebuilt[name]):
+            raise UnsupportedModelError(
+                f"{name}: the model has {_behaviour(module)}, its architecture as understood has "
+                f"{_behaviour(rebuilt[name])}; blocks that differ are not understood"
             )

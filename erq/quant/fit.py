@@ -1,17 +1,16 @@
 """Params from samples: the percentile search that keeps the clipping range of least squared error.
 
-For each percentile p the range is [quantile(x, 1 − p), quantile(x, p)]; the p whose quantizer has the
-smallest mean squared error wins, row by row, all rows and percentiles at once. Source: method.md of
-RepQ-ViT's and ERQ's calibration (`init_quantization_scale`); derivation in docs/math.md.
+For each percentile p the range is [quantile(x, 1 − p), quantile(x, p)]; the p whose quantizer has
+the smallest mean squared error wins, row by row, all rows and percentiles at once. Source:
+method.md of RepQ-ViT's and ERQ's calibration (`init_quantization_scale`); derivation in
+docs/math.md.
 """
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
-from erq.quant.functional import dequantize, quantize
 from erq.quant.params import AffineParams, DualAffineParams, LogParams, check_bits
 
 ACTIVATION_PERCENTILES = (0.999, 0.9999, 0.99999)
@@ -25,7 +24,8 @@ _SLICE = 1 << 22
 
 
 def tail_quantiles(rows: Tensor, percentiles: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Upper and lower quantiles of each row, by linear interpolation as torch.quantile defines them.
+    """Upper and lower quantiles of each row, by linear interpolation as torch.quantile defines
+    them.
 
     Args:
         rows: fp32 [R, n].
@@ -187,7 +187,8 @@ def outlier_columns(weight: Tensor) -> Tensor:
 def fit_dual_weight(
     weight: Tensor, bits: int, columns: Tensor | None = None
 ) -> AffineParams | DualAffineParams:
-    """Dual params for a weight [N, K]: one scale pair per row for the outlier columns, one for the rest.
+    """Dual params for a weight [N, K]: one scale pair per row for the outlier columns, one for the
+    rest.
 
     Args:
         columns: int64 [S] sorted, or None to choose them (`outlier_columns`).
@@ -205,20 +206,24 @@ def fit_dual_weight(
     )
 
 
-def fit_softmax(p: Tensor, bits: int, zero_last: bool = True) -> LogParams:
-    """Log-√2 params for softmax outputs of any shape, in [0, 1]."""
+def fit_softmax(p: Tensor, bits: int) -> LogParams:
+    """Log-√2 params of least squared error for softmax outputs of any shape, in [0, 1].
+
+    Both meanings of the last code are tried: exactly 0, which long sequences with many small
+    probabilities need, or one more level, which short ones use better.
+    """
     check_bits(bits)
-    flat = p.detach().float().reshape(1, -1)
-    candidates = tail_quantiles(flat, ACTIVATION_PERCENTILES)[0][:, 0]
-    best: LogParams | None = None
-    best_error = float("inf")
-    for scale in candidates:
-        params = LogParams(scale.clamp(min=1e-6), bits, zero_last)
-        error = sum(
-            float((dequantize(quantize(x, params), params) - x).square().sum())
-            for x in flat[0].split(_SLICE)
-        )
-        if best is None or error < best_error:
-            best, best_error = params, error
-    assert best is not None
-    return best
+    flat = p.detach().float().reshape(-1)
+    scales = tail_quantiles(flat[None], ACTIVATION_PERCENTILES)[0][:, 0].clamp(min=1e-6)
+    last = 2**bits - 1
+    errors = torch.zeros(len(scales), 2, dtype=torch.float64, device=flat.device)
+    for x in flat.split(_SLICE):
+        exponent = torch.log2(x)
+        for i, scale in enumerate(scales):
+            code = ((exponent - torch.log2(scale)) * -2.0).round_().clamp_(0, last)
+            squared = (torch.exp2(code * -0.5).mul_(scale) - x).square_()
+            is_last = code == last
+            errors[i, 1] += squared.sum(dtype=torch.float64)
+            errors[i, 0] += torch.where(is_last, x * x, squared).sum(dtype=torch.float64)
+    best = int(errors.argmin())
+    return LogParams(scales[best // 2], bits, zero_last=best % 2 == 0)

@@ -1,7 +1,7 @@
 """quantize, dequantize and fake_quantize over params, on integer codes.
 
-`fake_quantize` is `dequantize(quantize(x))`, so a quantizer can never have more than 2**bits values,
-and simulation and deployment cannot drift apart.
+`fake_quantize` is `dequantize(quantize(x))`, so a quantizer can never have more than 2**bits
+values, and simulation and deployment cannot drift apart.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Aqer, activation quantization error reduction: a ridge update of the full-precision weight.
 
-Source: the paper's first step; method.md §5. Minimizes ‖Y − A(W + δ)ᵀ‖² + λ‖δ‖² over δ, the bias being
-the weight of a constant input: δᵀ = (G + λI)⁻¹ C Wᵀ.
+Source: the paper's first step; method.md §5. Minimizes ‖Y − A(W + δ)ᵀ‖² + λ‖δ‖² over δ, the bias
+being the weight of a constant input: δᵀ = (G + λI)⁻¹ C Wᵀ.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def aqer(gram: Gram, weight: Tensor, strength: float, has_bias: bool = True) -> 
     Args:
         gram: statistics of the layer.
         weight: fp64 [N, D + 1], bias last (0 if there is none).
-        strength: λ in the units of the Gram matrix.
+        strength: λ in the units of the Gram matrix (`ridge_strength`).
         has_bias: False solves without the constant input.
 
     Returns:

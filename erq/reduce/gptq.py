@@ -1,4 +1,4 @@
-"""GPTQ, the baseline: round column by column, later columns make up for the error of earlier ones."""
+"""GPTQ, the baseline: round column by column, later columns make up for earlier ones' errors."""
 
 from __future__ import annotations
 

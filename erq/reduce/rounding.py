@@ -1,7 +1,8 @@
 """Rounding refinement: flip roundings of a row so that the error of its output shrinks.
 
-For a row with rounding errors d, the output error over the data is d C dᵀ with C the second moments of
-the inputs. Moving weight j to its other neighbour changes it by 2 t g_j + t² C_jj, g = dC, t the step.
+For a row with rounding errors d, the output error over the data is d C dᵀ with C the second moments
+of the inputs. Moving weight j to its other neighbour changes it by 2 t g_j + t² C_jj, g = dC, t the
+step.
 Source: method.md §7.2 (the paper's proxy), docs/math.md.
 """
 
@@ -16,7 +17,8 @@ def refine_greedy(error: Tensor, step: Tensor, moment: Tensor) -> Tensor:
 
     Args:
         error: fp32 [N, n], value of the rounded weight minus the weight.
-        step: fp32 [N, n], change of value when a weight goes to its other neighbour, 0 if it has none.
+        step: fp32 [N, n], change of value when a weight goes to its other neighbour, 0 if it has
+            none.
         moment: fp32 [n, n], second moments of the inputs, positive semi-definite.
 
     Returns:

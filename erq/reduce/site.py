@@ -82,7 +82,7 @@ def solve_site(
     weight = original
     if config.method == "erq" and config.aqer and bool((gram.c != 0).any()):
         value = _OFFICIAL_HEAD_RIDGE if official and batch_rows else config.ridge_act
-        strength = ridge_strength(gram.g, value, config.ridge_scale)
+        strength = ridge_strength(gram, value, config.ridge_scale)
         weight = aqer(gram, original, strength, has_bias)
     errors["error_aqer"] = error.of(weight)
 
@@ -97,7 +97,7 @@ def solve_site(
     elif config.method == "erq" and config.wqer:
         conv = site.kind == "conv"
         value = config.ridge_weight * (_OFFICIAL_CONV_FACTOR if official and conv else 1.0)
-        strength = ridge_strength(gram.g, value, config.ridge_scale)
+        strength = ridge_strength(gram, value, config.ridge_scale)
         refine = "off" if official and conv else config.refine
         codes, new_bias = wqer(gram, weight, params, strength, refine, has_bias)
     final = torch.cat([dequantize(codes, params).double(), new_bias[:, None]], dim=1)

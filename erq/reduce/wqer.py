@@ -1,9 +1,10 @@
-"""Wqer, weight quantization error reduction: quantize half of the columns, let the rest make up for it.
+"""Wqer, weight quantization error reduction: quantize half of the columns, let the rest make up for
+it.
 
 Source: the paper's second step; method.md §7. Each round rounds the first half of the free columns
 (with rounding refinement), then updates the remaining columns and the bias by ridge regression:
-W_r ← W_r − δ_s G_sr (G_rr + λI)⁻¹. In reversed column order every G_rr is a leading block of one matrix,
-so one Cholesky factor serves all rounds.
+W_r ← W_r − δ_s G_sr (G_rr + λI)⁻¹. In reversed column order every G_rr is a leading block of one
+matrix, so one Cholesky factor serves all rounds.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def wqer(
         gram: statistics of the layer.
         weight: fp64 [N, D + 1], bias last.
         params: the weight's quantizer.
-        strength: λ in the units of the Gram matrix.
+        strength: λ in the units of the Gram matrix (`ridge_strength`).
         refine: greedy, official or off.
         has_bias: False leaves the bias out.
 

@@ -32,11 +32,11 @@ def stored(codes: Tensor, bits: int) -> Tensor:
     return (codes - code_offset(bits)).to(torch.int8)
 
 
-def operands_of(codes: Tensor, w: WeightParams, bias: Tensor | None, x: AffineParams) -> GemmOperands:
+def operands_of(
+    codes: Tensor, w: WeightParams, bias: Tensor | None, x: AffineParams
+) -> GemmOperands:
     if isinstance(w, AffineParams):
-        return gemm_operands(
-            codes, w.scale, w.zero_point, bias, x.scale, x.zero_point, x.bits
-        )
+        return gemm_operands(codes, w.scale, w.zero_point, bias, x.scale, x.zero_point, x.bits)
     return gemm_operands(
         codes,
         w.rest.scale,
@@ -267,6 +267,27 @@ def test_attention_values(
         weights[p_codes == 2**p_bits - 1] = 0
     exact = weights @ values(v_codes, v)
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_sums_are_exact_beyond_what_fp32_holds(affine: Affine) -> None:
+    """One rounding, of the exact whole number: as an int32 accumulator gives it."""
+    params = affine(1.0, -200, 8)
+    q, k = torch.randint(0, 256, (2, 3, 11, 301))
+    got = reference.attention_scores(
+        stored(q, 8), stored(k, 8), params.zero_point, params.zero_point, (8, 8), params.scale
+    )
+    exact = values(q, params) @ values(k, params).transpose(-1, -2)
+    assert float(exact.max()) > 2**24
+    assert torch.equal(got, exact.float())
+
+    p_codes = 2 * torch.randint(0, 31, (3, 11, 301))  # whole powers of two
+    v = torch.randint(0, 256, (3, 301, 9))
+    one = torch.tensor(1.0)
+    got = reference.attention_values(
+        p_codes.to(torch.uint8), stored(v, 8), params.zero_point, 6, 8, True, one
+    )
+    exact = torch.exp2(-0.5 * p_codes.double()) @ values(v, params)
+    assert torch.equal(got, exact.float())
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

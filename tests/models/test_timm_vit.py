@@ -77,7 +77,7 @@ def case(request: pytest.FixtureRequest, tiny_vit: Build) -> tuple[nn.Module, Te
 @torch.no_grad()
 def run_blocks(model: nn.Module, x: Tensor) -> Tensor:
     adapter = TimmVit()
-    for index in range(len(model.blocks) + 2):
+    for index in range(len(adapter.blocks(model))):
         x = adapter.run_block(model, index, x)
     return x
 
@@ -113,9 +113,7 @@ def test_every_site_is_reached_in_order(case: tuple[nn.Module, Tensor]) -> None:
     model, x = case
     adapter = adapter_for(model)
     adapter.prepare(model)
-    blocks = adapter.blocks(model)
-    assert len(blocks) == len(model.blocks) + 2
-    sites = [site for block in blocks for site in block.sites]
+    sites = [site for block in adapter.blocks(model) for site in block.sites]
     called: list[str] = []
     for site in sites:
         module = model.get_submodule(site.name)
@@ -128,25 +126,28 @@ def test_every_site_is_reached_in_order(case: tuple[nn.Module, Tensor]) -> None:
     assert weights == {s.name for s in sites if s.kind in ("linear", "conv")}
 
 
-def test_sites_of_a_block(tiny_vit: Build) -> None:
-    model = tiny_vit()
+def test_blocks_are_the_residual_halves(tiny_vit: Build) -> None:
+    model = tiny_vit(depth=1)
     TimmVit().prepare(model)
-    embed, first, _, head = TimmVit().blocks(model)
-    assert [(s.name, s.kind, s.norm) for s in (*embed.sites, *first.sites, *head.sites)] == [
-        ("patch_embed.proj", "conv", None),
-        ("blocks.0.attn.qkv", "linear", "blocks.0.norm1"),
-        ("blocks.0.attn.qk", "matmul_qk", None),
-        ("blocks.0.attn.av", "matmul_av", None),
-        ("blocks.0.attn.proj", "linear", None),
-        ("blocks.0.mlp.fc1", "linear", "blocks.0.norm2"),
-        ("blocks.0.mlp.fc2", "linear", None),
-        ("head", "linear", None),
+    assert [[(s.name, s.kind, s.norm) for s in b.sites] for b in TimmVit().blocks(model)] == [
+        [("patch_embed.proj", "conv", None)],
+        [
+            ("blocks.0.attn.qkv", "linear", "blocks.0.norm1"),
+            ("blocks.0.attn.qk", "matmul_qk", None),
+            ("blocks.0.attn.av", "matmul_av", None),
+            ("blocks.0.attn.proj", "linear", None),
+        ],
+        [
+            ("blocks.0.mlp.fc1", "linear", "blocks.0.norm2"),
+            ("blocks.0.mlp.fc2", "linear", None),
+        ],
+        [("head", "linear", None)],
     ]
 
 
 def test_both_gates_share_a_norm_and_rms_norms_are_not_folded(tiny_vit: Build) -> None:
     swiglu = tiny_vit(**FAMILY["SwiGLU"])
-    norms = {s.name: s.norm for s in TimmVit().blocks(swiglu)[1].sites}
+    norms = {s.name: s.norm for block in TimmVit().blocks(swiglu) for s in block.sites}
     assert norms["blocks.0.mlp.fc1_g"] == norms["blocks.0.mlp.fc1_x"] == "blocks.0.norm2"
     rms = tiny_vit(**FAMILY["RMS norm"])
     assert {s.norm for b in TimmVit().blocks(rms) for s in b.sites} == {None}
@@ -270,7 +271,11 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[nn.Module], None] | None, str
         r"blocks\.1\.attn",
     ),
     "another temperature": ({}, changed("blocks.1.attn.scale", lambda: 1.0), r"blocks\.1\.attn"),
-    "another eps in a block": ({}, changed("blocks.1.norm2.eps", lambda: 1e-2), r"blocks\.1\.norm2"),
+    "another eps in a block": (
+        {},
+        changed("blocks.1.norm2.eps", lambda: 1e-2),
+        r"blocks\.1\.norm2",
+    ),
     "another eps at the end": ({}, changed("norm.eps", lambda: 1e-2), "norm"),
     "another eps in qk_norm": (
         {"qk_norm": True},

@@ -1,4 +1,4 @@
-"""quantize, dequantize, fake_quantize: 2**bits codes, never one more, and the values they stand for."""
+"""quantize, dequantize, fake_quantize: 2**bits codes, never one more, and their values."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def check_codes(x: torch.Tensor, params: Params) -> None:
 
 
 @given(bits=BITS, scale=SCALES, zero_point=ZERO_POINTS)
-def test_affine_has_at_most_two_to_the_bits_values(bits: int, scale: float, zero_point: int) -> None:
+def test_affine_has_at_most_two_to_the_bits_values(
+    bits: int, scale: float, zero_point: int
+) -> None:
     params = AffineParams(torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32), bits)
     x = VALUES * scale
     check_codes(x, params)

@@ -1,0 +1,388 @@
+"""The command line: `erq demo | quantize | eval | bench | inspect | predict | info`.
+
+Exit codes: 0 success, 2 bad usage, 1 failure, 130 interrupted. What goes wrong is one line on
+stderr; `--debug` adds the traceback. What imports torch is imported by the commands that need it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from erq._version import __version__
+from erq.options import (
+    Backend,
+    Debug,
+    Device,
+    Json,
+    ModelArgs,
+    Quiet,
+    RandomWeights,
+    Source,
+    Weights,
+    as_batch_sizes,
+    as_device,
+    as_settings,
+    as_timm_options,
+    check_backend_name,
+    check_folder,
+)
+
+if TYPE_CHECKING:
+    from erq.data import ImageSource, Preprocessing
+
+INTERRUPTED = 130
+
+
+class _Commands(TyperGroup):
+    """Turns whatever a command raises into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt as error:
+            _say(ctx, "interrupted")
+            raise typer.Exit(INTERRUPTED) from error
+        except Exception as error:
+            usage = getattr(error, "exit_code", 1) == 2 and hasattr(error, "format_message")
+            if usage:
+                _say(ctx, f"{error.format_message()}  See --help.")  # type: ignore[attr-defined]
+                raise typer.Exit(2) from error
+            if (ctx.obj or {}).get("debug"):
+                traceback.print_exc()
+            known = isinstance(error, ValueError | OSError | RuntimeError | MemoryError)
+            _say(ctx, f"{error}" if known and str(error) else f"{type(error).__name__}: {error}")
+            raise typer.Exit(1) from error
+
+
+def _say(ctx: Any, text: str) -> None:
+    """One line on stderr, whatever `text` holds."""
+    command = f"erq {ctx.invoked_subcommand}" if ctx.invoked_subcommand else "erq"
+    print(f"{command}: {' '.join(text.split())}", file=sys.stderr)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the command `erq`."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # × and λ on a terminal that lacks them
+    app(prog_name="erq")
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"erq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _erq(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Post-training quantization of Vision Transformers: few bits, few images, one packed file.
+
+    MODEL is a timm name, or demo, the small model that is shipped. FILE is what erq quantize wrote.
+    """
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Keep the packed file there.")] = None,
+    bits: Annotated[str, typer.Option(help="Preset, as w4a4.")] = "w4a4",
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize, pack, reload, evaluate and time the shipped model; under a minute on a CPU."""
+    as_settings(bits, None, [], None, paper=False)
+    if out is not None:
+        check_folder(out)
+    where = as_device(device)
+    from erq.demonstration import demo_remarks, demo_table, demonstrate
+    from erq.report import Output
+
+    found = demonstrate(bits=bits, out=out, device=where, progress=not quiet)
+    Output(json, quiet).result(found.to_dict(), demo_table(found), demo_remarks(found))
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="timm name, or demo.")],
+    images: Source,
+    out: Annotated[Path, typer.Option(help="The packed .safetensors file to write.")],
+    bits: Annotated[str, typer.Option(help="w3a4, w4a4, w4a8, w6a6, w8a8, w4a16 …")] = "w4a4",
+    weights: Weights = None,
+    random_weights: RandomWeights = False,
+    model_arg: ModelArgs = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Calibration images to draw.")] = 32,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="[GLOB.]FIELD=VALUE", help="Setting of these sites, or of all."
+        ),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="erq, repq, gptq or rtn.")] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="ERQ's settings as published.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of the drawing of images; default 0.")] = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model and write one packed file."""
+    start = time.perf_counter()
+    settings = as_settings(bits, method, changes or [], seed, paper)
+    options = as_timm_options([model], weights, random_weights, model_arg)
+    check_backend_name(backend)
+    where = as_device(device)
+    check_folder(out)
+    from erq import pipeline
+    from erq.data import open_images
+    from erq.deployment import checkpoint
+    from erq.deployment.convert import deploy
+    from erq.inputs import preprocessing
+    from erq.loading import load_model
+    from erq.report import Output, megabytes
+
+    output = Output(json, quiet)
+    source = open_images(images)
+    full = load_model(model, options, where)
+    if hasattr(full, "erq_info"):
+        raise ValueError(f"{model} is quantized already; name the full-precision model")
+    chosen = source.batches(preprocessing(full), source.draw(n, settings.seed))
+    sim = pipeline.quantize(full, chosen, settings, progress=not quiet)
+    net = deploy(sim, backend)
+    checkpoint.save(net, out)
+
+    header, size = checkpoint.inspect(out), out.stat().st_size
+    fp32 = 4 * sum(t.numel() for t in full.state_dict().values())
+    result = {
+        "file": out, "size_bytes": size, "fp32_bytes": fp32, "fp16_bytes": fp32 // 2,
+        "architecture": header["architecture"], "config": header["config"],
+        "calibration": header["calibration"], "sites": len(header["sites"]),
+        "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+    said = (
+        f"{out}: {megabytes(size)}, {fp32 / size:.1f}× smaller than fp32 · W{settings.w_bits}"
+        f"A{settings.a_bits} {settings.method} · {len(header['sites'])} sites · "
+        f"{header['calibration']['n']} images · {result['seconds']:.1f} s"
+    )
+    output.result(result, *([] if quiet else [said]))
+    if source.size < n:
+        output.note(f"{images} holds {source.size} images, fewer than --n {n}: all were used")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="FILE|MODEL")],
+    images: Source,
+    reference: Annotated[
+        str | None, typer.Option(metavar="FILE|MODEL", help="Full-precision model to compare with.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="A fixed random choice of that many images.")
+    ] = None,
+    weights: Weights = None,
+    random_weights: RandomWeights = False,
+    model_arg: ModelArgs = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Accuracy on labelled images, and closeness to a reference; top-1 and the like in percent.
+
+    --weights, --random-weights and --model-arg describe every timm name on the line.
+    """
+    start = time.perf_counter()
+    options = as_timm_options([model, reference or model], weights, random_weights, model_arg)
+    check_backend_name(backend)
+    where = as_device(device)
+    from erq import evaluation
+    from erq.data import open_images
+    from erq.inputs import preprocessing
+    from erq.loading import load_model
+    from erq.report import Output, evaluation_table
+    from erq.timing import kernels
+
+    output = Output(json, quiet)
+    source = open_images(images)
+    if source.labels is None and reference is None:
+        raise ValueError(
+            f"{images} has no labels: nothing to measure; give --reference MODEL to compare with"
+        )
+    net = load_model(model, options, where, backend)
+    other = None if reference is None else load_model(reference, options, where, backend)
+    indices = list(range(source.size))
+    if limit is not None:
+        indices = sorted(source.draw(limit, seed=0))
+    shown = _with_bar(source, preprocessing(net), indices, not quiet)
+    found = evaluation.evaluate(net, shown, reference=other)
+    result = {
+        "model": model, "images": images, "reference": reference, "device": str(where),
+        "kernel": ", ".join(kernels(net)) or "torch", "evaluation": found.to_dict(),
+        "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+    title = f"{images} · kernel {result['kernel']}"
+    output.result(result, evaluation_table(title, model, found))
+    classes = int(getattr(net, "num_classes", 0))
+    if source.classes and len(source.classes) != classes:
+        output.note(
+            f"{images} has {len(source.classes)} class folders, {model} has {classes} classes: "
+            "folders are numbered from 0 in the order of their names"
+        )
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(metavar="FILE|MODEL")],
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8",
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time budget per row.")] = 2.0,
+    model_arg: ModelArgs = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Time forward passes; a FILE is compared with torch fp32 of the same architecture.
+
+    The weights of a timm model are random here: no time depends on them.
+    """
+    sizes = as_batch_sizes(batch)
+    options = as_timm_options([model], None, False, model_arg)
+    check_backend_name(backend)
+    where = as_device(device)
+    from erq.loading import full_precision_twin, load_model
+    from erq.report import Output, timing_table
+    from erq.timing import benchmark
+
+    net = load_model(model, replace(options, random_weights=True), where, backend)
+    timings = []
+    if hasattr(net, "erq_info"):
+        twin = full_precision_twin(net).to(where)
+        timings += benchmark(twin, sizes, seconds=seconds, name="torch fp32")
+    timings += benchmark(net, sizes, seconds=seconds, name=model)
+    Output(json, quiet).result(
+        {"timings": [t.to_dict() for t in timings]}, timing_table("Forward passes", timings)
+    )
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE")],
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """What a packed file holds: settings, every site, and its error after each step."""
+    as_device(device)
+    from erq.report import Output, checkpoint_tables, describe_checkpoint
+
+    header = describe_checkpoint(file)
+    Output(json, quiet).result(header, *checkpoint_tables(file, header))
+
+
+@app.command()
+def predict(
+    file: Annotated[str, typer.Argument(metavar="FILE")],
+    pictures: Annotated[list[Path], typer.Argument(metavar="IMAGE...")],
+    backend: Backend = "auto",
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """The five likeliest classes of each picture."""
+    check_backend_name(backend)
+    where = as_device(device)
+    from erq.data import open_files
+    from erq.evaluation import likeliest
+    from erq.inputs import preprocessing
+    from erq.loading import load_model
+    from erq.report import Output, make_table
+
+    source = open_files(pictures)
+    net = load_model(file, None, where, backend)
+    tops = likeliest(net, source.batches(preprocessing(net)), 5)
+    tables = [
+        make_table(
+            str(path),
+            ("class", "name", "%"),
+            [(str(t["class"]), t["name"] or "", f"{100 * t['probability']:.2f}") for t in top],
+            left=2,
+        )
+        for path, top in zip(pictures, tops, strict=True)
+    ]
+    found = [{"image": path, "top": top} for path, top in zip(pictures, tops, strict=True)]
+    Output(json, quiet).result({"predictions": found}, *tables)
+
+
+@app.command()
+def info(
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Versions, devices, and which kernels can run here, with the reason where one cannot."""
+    where = as_device(device)
+    from erq import system
+    from erq.report import Output, make_table
+
+    versions, devices = system.versions(), system.devices()
+    ops = system.backends(where)
+    values = {
+        "versions": versions, "devices": devices, "device": str(where), "backends": ops,
+        "forced": system.forced_backend(),
+    }  # fmt: skip
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for op, answers in ops.items():
+        for backend, answer in answers.items():
+            grouped.setdefault((backend, answer), []).append(op)
+    rows = [(backend, ", ".join(o), answer) for (backend, answer), o in sorted(grouped.items())]
+    Output(json, quiet).result(
+        values,
+        " · ".join(f"{name} {number or 'not installed'}" for name, number in versions.items()),
+        *(" · ".join(str(v) for v in entry.values()) for entry in devices),
+        make_table(f"Kernels on {where}", ("backend", "ops", "answer"), rows, left=3),
+    )
+
+
+def _with_bar(
+    source: ImageSource, preprocessing: Preprocessing, indices: list[int], shown: bool
+) -> Iterator[Any]:
+    """Batches of the source, with a bar on a terminal."""
+    from erq.data import BATCH_IMAGES
+    from erq.progress import Progress
+
+    with Progress(-(-len(indices) // BATCH_IMAGES), enabled=shown) as bar:
+        for batch in source.batches(preprocessing, indices):
+            bar.update("evaluating")
+            yield batch

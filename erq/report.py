@@ -1,0 +1,171 @@
+"""What the command line prints: tables for people, or JSON on stdout alone for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from erq.evaluation import Evaluation
+from erq.timing import Timing
+
+_WIDE = 200
+"""Columns where stdout is no terminal, so that nothing is cut."""
+
+_ERRORS = ("error_float", "error_aqer", "error_nearest", "error_final")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results and notes of one command go.
+
+    Args:
+        json: results as one JSON object on stdout. quiet: no notes.
+    """
+
+    json: bool
+    quiet: bool
+
+    def result(self, values: Mapping[str, Any], *shown: Table | str) -> None:
+        """Print `values` as JSON, or what is shown to people."""
+        if self.json:
+            print(json.dumps(to_plain(values), indent=2, allow_nan=False))
+            return
+        console = Console(width=None if sys.stdout.isatty() else _WIDE)
+        for item in shown:
+            console.print(Text(item) if isinstance(item, str) else item)
+
+    def note(self, text: str) -> None:
+        """Print one line on stderr."""
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
+
+def to_plain(value: Any) -> Any:
+    """`value` in what JSON knows: lists for tuples, text for paths, null for NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def make_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
+) -> Table:
+    """A table whose first `left` columns are text and the others numbers."""
+    table = Table(title=Text(title, "bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        justify: Literal["left", "right"] = "left" if index < left else "right"
+        table.add_column(Text(column, "bold"), justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def megabytes(size: int) -> str:
+    """A size in bytes for people."""
+    return f"{size / 1e6:.2f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number for people; a dash for None."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def evaluation_table(title: str, name: str, e: Evaluation) -> Table:
+    """One evaluation as a table of one row."""
+    columns = (
+        "", "images", "top-1 %", "top-5 %", "reference top-1 %", "agreement %", "KL", "SQNR dB",
+    )  # fmt: skip
+    row = (
+        name, str(e.n), number(e.top1), number(e.top5), number(e.reference_top1),
+        number(e.agreement), number(e.kl, 4), number(e.sqnr_db, 1),
+    )  # fmt: skip
+    return make_table(title, columns, [row])
+
+
+def timing_table(title: str, timings: Sequence[Timing]) -> Table:
+    """A row per measurement; the first of each batch size is what the others are compared with."""
+    first: dict[int, float] = {}
+    cells = []
+    for t in timings:
+        base = first.setdefault(t.batch, t.median_ms)
+        cells.append(
+            (
+                t.name, t.kernel, str(t.batch), f"{t.median_ms:.2f}", f"{t.p95_ms:.2f}",
+                f"{t.images_per_s:.1f}", f"{base / t.median_ms:.2f}", str(t.runs),
+            )
+        )  # fmt: skip
+    where = f"{timings[0].hardware} ({timings[0].device}"
+    threads = timings[0].threads
+    where += f", {threads} threads)" if threads is not None else ")"
+    columns = ("network", "kernel", "batch", "median ms", "p95 ms", "images/s", "× first", "runs")
+    return make_table(f"{title} · {where}", columns, cells, left=2)
+
+
+def checkpoint_tables(path: Path, header: Mapping[str, Any]) -> tuple[str, Table]:
+    """Header and sites of a checkpoint, as `describe_checkpoint` gives them."""
+    config, calibration = header["config"], header["calibration"]
+    lines = [
+        f"{path}: {header['architecture']} ({header['family']}), format {header['format']}, "
+        f"{header['created_by']}",
+        f"W{config['w_bits']}A{config['a_bits']} · {config['method']} · upstream "
+        f"{config['upstream']} · refine {config['refine']} · attention {config['attention']} · "
+        f"λ {config['ridge_act']:g}, {config['ridge_weight']:g} ({config['ridge_scale']})",
+        f"calibrated on {calibration['n']} images (sha256 {calibration['sha256'][:12]}…) · "
+        f"{megabytes(header['size_bytes'])} on disk",
+    ]
+    columns = (
+        "site", "scheme", "weights", "act", "bytes", "act only", "+ Aqer", "rounded", "final",
+    )  # fmt: skip
+    cells = []
+    for name, site in header["sites"].items():
+        is_weight = "shape" in site
+        errors = [site["errors"].get(e) for e in _ERRORS]
+        cells.append(
+            (
+                name,
+                site["scheme"] + (f" ({site['dual']})" if site.get("dual") else ""),
+                f"W{site['bits']} {'×'.join(map(str, site['shape']))}" if is_weight else "",
+                f"A{site['a_bits'] if is_weight else site['bits']}",
+                f"{site['bytes']:,}",
+                *("" if e is None else f"{e:.1e}" for e in errors),
+            )
+        )
+    title = (
+        "Sites; last four columns: squared output error relative to full precision, after "
+        "quantizing activations, after Aqer, with weights rounded to nearest, as kept"
+    )
+    return "\n".join(lines), make_table(title, columns, cells, left=3)
+
+
+def describe_checkpoint(path: Path) -> dict[str, Any]:
+    """Header of a checkpoint after `erq.inspect`'s checks, with the stored bytes of every site.
+
+    Raises:
+        CheckpointError: the file and what is wrong with it.
+    """
+    from erq.deployment.checkpoint import inspect
+
+    header = inspect(path)
+    with path.open("rb") as file:
+        tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    for name, site in header["sites"].items():
+        site["bytes"] = sum(
+            entry["data_offsets"][1] - entry["data_offsets"][0]
+            for key, entry in tensors.items()
+            if key.startswith(f"{name}.")
+        )
+    return header

@@ -1,0 +1,49 @@
+"""One call of a Triton kernel as a value: launched on a device, or compiled by bench/static.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything that a call fixes.
+
+    Args:
+        kernel: the decorated function.
+        grid: programs per axis, each >= 1.
+        args: run-time arguments by name: tensors (meta tensors where nothing is launched), tensor
+            descriptors, ints, floats; None for what is absent.
+        constants: compile-time arguments by name.
+        num_warps, num_stages: warps of a program, stages of the software pipeline.
+        max_registers: registers a thread may take, or None: no limit.
+        is_gemm: whether it multiplies on tensor cores, in a loop over K.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+    is_gemm: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told beside the arguments."""
+        # A multiply and the add after it stay two roundings, as in torch (`numerics`).
+        options = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": False,
+        }
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
+
+    def run(self) -> None:
+        """Launch on the current stream of the current device."""
+        self.kernel[self.grid](**self.args, **self.constants, **self.options)

@@ -1,0 +1,206 @@
+"""`qlinear`: int8 GEMM over two K segments, with the whole epilogue in the kernel.
+
+Grid: one program per output tile [BLOCK_M, BLOCK_N], in columns of GROUP_M tiles.
+A program: int32 sums of its tile over both segments, on tensor cores; then, EPILOGUE_N columns at a
+    time, scale, bias, activation, LayerScale, residual, and either a cast or the next layer's codes.
+Layouts: codes [M, K] and weight [N, K] row major, each read in whole 16-byte pieces where base, row
+    stride and segment bounds are multiples of 16 (`formats.gemm_operands` sees to that); any other
+    K, split and stride works, with narrower loads.
+
+Exactness: the integer part is exact. The epilogue does the operations of `reference.qlinear` in their
+order, each rounded to fp32 (no contraction to fused multiply-add), so without an activation the result
+is the reference's bit by bit; erf and exp are within a few ulp of torch's, which can move a code that
+lies on a rounding boundary. Codes equal the reference's for |out_zero_point| < 2**22 − 256.
+
+Evidence: run in Triton's interpreter against the reference (tests/kernels/test_triton_qlinear.py),
+compiled for sm_80 to sm_120 (bench/static.py); not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from erq_kernels import configs
+from erq_kernels._triton import INTERPRETED
+from erq_kernels._triton.launch import Launch
+from erq_kernels._triton.numerics import gelu, gelu_tanh, quantize_to_int8
+from erq_kernels.configs import GemmConfig
+
+OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# A thread holds one value of scale, bias, … per column of its piece. Whole tiles would need 32 registers
+# for each of them beside the accumulators; pieces of 32 columns let twice the programs fit.
+_EPILOGUE_N = tl.constexpr(32)
+
+
+@triton.jit
+def _locate_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """First row and first column of this program's tile."""
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    per_group = GROUP_M * tiles_n
+    top = pid // per_group * GROUP_M
+    height = tl.minimum(tiles_m - top, GROUP_M)
+    within = pid % per_group
+    return (top + within % height) * BLOCK_M, within // height * BLOCK_N
+
+
+@triton.jit
+def _dot_segment(
+    x, weight, rows, cols, length, stride_x, stride_w,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOTS: tl.constexpr,
+):  # fmt: skip
+    """Σ_k x[rows, k]·weight[cols, k] over k < length: int32 [BLOCK_M, BLOCK_N]."""
+    STEP: tl.constexpr = BLOCK_K // DOTS
+    k = tl.arange(0, STEP)
+    # Unsigned, and apart from the moving bases: an offset then takes one register, not two.
+    x_offset = (rows[:, None] * stride_x + k[None, :]).to(tl.uint32)  # [BLOCK_M, STEP]
+    w_offset = (cols[None, :] * stride_w + k[:, None]).to(tl.uint32)  # [STEP, BLOCK_N]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in range(0, length, BLOCK_K):
+        for i in tl.static_range(DOTS):
+            at = start + i * STEP
+            inside = k < length - at
+            a = tl.load(x + at + x_offset, mask=inside[None, :], other=0)
+            b = tl.load(weight + at + w_offset, mask=inside[:, None], other=0)
+            acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+    return acc
+
+
+@triton.jit
+def _dot_segment_tma(
+    x, weight, row, col, length,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same from descriptors of one segment, [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K] a tile."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in range(0, length, BLOCK_K):
+        a = x.load([row, start])
+        b = weight.load([col, start])
+        acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
+    return acc
+
+
+@triton.jit
+def _split_columns(tile):
+    """Left and right half of a tile; the mma layouts repeat along N in registers, so nothing moves."""
+    halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(halves, (0, 2, 1)))
+
+
+@triton.jit
+def _finish(
+    acc, acc2, row, col, out, scale, scale2, bias, layer_scale, residual, inv_scale, zero_point,
+    M, N, stride_r, ACT: tl.constexpr, OUT_BITS: tl.constexpr, PER_COLUMN: tl.constexpr,
+):  # fmt: skip
+    """Epilogue of the sums [BLOCK_M, n] at (row, col): stores their [M, N] part of `out`."""
+    if acc.shape[1] > _EPILOGUE_N:
+        half: tl.constexpr = acc.shape[1] // 2
+        left, right = _split_columns(acc)
+        left2 = None
+        right2 = None
+        if acc2 is not None:
+            left2, right2 = _split_columns(acc2)
+        _finish(
+            left, left2, row, col, out, scale, scale2, bias, layer_scale, residual,
+            inv_scale, zero_point, M, N, stride_r, ACT, OUT_BITS, PER_COLUMN,
+        )  # fmt: skip
+        _finish(
+            right, right2, row, col + half, out, scale, scale2, bias, layer_scale, residual,
+            inv_scale, zero_point, M, N, stride_r, ACT, OUT_BITS, PER_COLUMN,
+        )  # fmt: skip
+    else:
+        rows = tl.arange(0, acc.shape[0])[:, None]
+        cols = col + tl.arange(0, acc.shape[1])
+        real = cols < N
+        inside = (rows < M - row) & real[None, :]
+        y = acc.to(tl.float32) * tl.load(scale + cols, mask=real, other=0.0)[None, :]
+        if acc2 is not None:
+            y += acc2.to(tl.float32) * tl.load(scale2 + cols, mask=real, other=0.0)[None, :]
+        y += tl.load(bias + cols, mask=real, other=0.0)[None, :]
+        if ACT == "gelu":
+            y = gelu(y)
+        elif ACT == "gelu_tanh":
+            y = gelu_tanh(y)
+        if layer_scale is not None:
+            y *= tl.load(layer_scale + cols, mask=real, other=0.0)[None, :]
+        if residual is not None:
+            r = residual + row.to(tl.int64) * stride_r + (rows * stride_r + cols[None, :])
+            y = tl.load(r, mask=inside, other=0.0).to(tl.float32) + y
+        o = out + row.to(tl.int64) * N + (rows * N + cols[None, :])
+        if OUT_BITS == 0:
+            tl.store(o, y.to(out.dtype.element_ty), mask=inside)
+        else:
+            if PER_COLUMN:
+                inv = tl.load(inv_scale + cols, mask=real, other=0.0)[None, :]
+                zero = tl.load(zero_point + cols, mask=real, other=0)[None, :]
+            else:
+                inv = tl.load(inv_scale)
+                zero = tl.load(zero_point)
+            tl.store(o, quantize_to_int8(y, inv, zero, OUT_BITS), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def qlinear_kernel(
+    x, weight, out, scale, scale2, bias, layer_scale, residual, inv_scale, zero_point,
+    M, N, K, split, stride_x, stride_w, stride_r,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, DOTS: tl.constexpr, ACT: tl.constexpr,
+    OUT_BITS: tl.constexpr, PER_COLUMN: tl.constexpr,
+):  # fmt: skip
+    """Tiles through pointers. BLOCK_S is the first segment's step where there are two."""
+    row, col = _locate_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    # Rows and columns over the edge repeat the last real one: in bounds without masks, never stored.
+    rows = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - row)
+    cols = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - col)
+    x += row.to(tl.int64) * stride_x
+    weight += col.to(tl.int64) * stride_w
+    if scale2 is None:
+        acc = _dot_segment(
+            x, weight, rows, cols, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, DOTS
+        )
+        acc2 = None
+    else:
+        # The long segment first: the short one's loop, with its narrow tiles, has few addresses to keep
+        # beside both sums. They stay int32 until the epilogue, which scales them piece by piece.
+        acc2 = _dot_segment(
+            x + split, weight + split, rows, cols, K - split, stride_x, stride_w,
+            BLOCK_M, BLOCK_N, BLOCK_K, DOTS,
+        )  # fmt: skip
+        acc = _dot_segment(
+            x, weight, rows, cols, split, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_S, DOTS
+        )
+    _finish(
+        acc, acc2, row, col, out, scale, scale2, bias, layer_scale, residual, inv_scale, zero_point,
+        M, N, stride_r, ACT, OUT_BITS, PER_COLUMN,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def qlinear_tma_kernel(
+    x, weight, x2, weight2, out,
+    scale, scale2, bias, layer_scale, residual, inv_scale, zero_point,
+    M, N, K, split, stride_r,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, ACT: tl.constexpr, OUT_BITS: tl.constexpr, PER_COLUMN: tl.constexpr,
+):  # fmt: skip
+    """Tiles through tensor descriptors, a pair per segment: what lies beyond their edges reads as 0."""
+    row, col = _locate_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    if scale2 is None:
+        acc = _dot_segment_tma(x, weight, row, col, K, BLOCK_M, BLOCK_N, BLOCK_K)
+        acc2 = None
+    else:
+        acc2 = _dot_segment_tma(x2, weight2, row, col, K - split, BLOCK_M, BLOCK_N, BLOCK_K)
+        acc = _dot_segment_tma(x, weight, row, col, split, BLOCK_M, BLOCK_N, BLOCK_S)
+    _finish(
+        acc, acc2, row, col, out, scale, scale2, bias, layer_scale, residual, inv_scale, zero_point,
+        M, N, stride_r, ACT, OUT_BITS, PER_COLUMN,
+    )  # fmt: skip

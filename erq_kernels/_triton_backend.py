@@ -1,0 +1,97 @@
+"""Registers the Triton kernels with `dispatch` without importing Triton.
+
+A new kernel is one row of `MODULES`. Its module has, per op, a launcher `<op>(*args)` that takes the
+op's arguments, and `<op>_why_not(*args)`: the reason the kernel itself cannot run them (a dtype, say),
+or None. Both load on the first call that could run there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erq_kernels import dispatch
+
+# op → module of erq_kernels._triton.
+MODULES = {
+    "dequant_linear": "dequant_linear",
+    "layer_norm_quantize": "layer_norm_quantize",
+    "pack": "pack",
+    "qattention": "qattention",
+    "qlinear": "qlinear",
+    "quantize": "quantize",
+    "unpack": "pack",
+}
+
+_PACKAGE = "erq_kernels._triton"
+_MIN_CAPABILITY = (8, 0)
+
+
+@cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def is_interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter; fixed once they are loaded."""
+    loaded = sys.modules.get(_PACKAGE)
+    if loaded is not None:
+        return bool(loaded.INTERPRETED)
+    # The spellings that Triton itself takes for true.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
+
+
+def _device_reason(device: torch.device) -> str | None:
+    """Why kernels cannot run on `device`, or None."""
+    if is_interpreted():
+        return None
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = _capability(device)
+        if capability >= _MIN_CAPABILITY:
+            return None
+        got = "{}.{}".format(*capability)
+    else:
+        got = f"a tensor on {device.type}"
+    return (
+        f"needs a CUDA device of compute capability 8.0 or newer (got {got}), or TRITON_INTERPRET=1 "
+        "set before the first call"
+    )
+
+
+def _attribute(op: str, suffix: str) -> Any:
+    return getattr(importlib.import_module(f"{_PACKAGE}.{MODULES[op]}"), op + suffix)
+
+
+def _why_not(op: str, *args: Any, **kwargs: Any) -> str | None:
+    if not _is_installed():
+        return "triton is not installed"
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        return f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}"
+    for device in devices:
+        reason = _device_reason(device)
+        if reason is not None:
+            return reason
+    reason = _attribute(op, "_why_not")(*args, **kwargs)
+    return None if reason is None else str(reason)
+
+
+def _run(op: str, *args: Any) -> Any:
+    return _attribute(op, "")(*args)
+
+
+for _op in MODULES:
+    dispatch.register(_op, "triton", partial(_run, _op), partial(_why_not, _op))

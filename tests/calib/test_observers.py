@@ -1,0 +1,69 @@
+"""Streams advance block by block and stop at a site."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from erq.calib.observers import Stream, observe
+
+
+class Counting(nn.Module):
+    """Adds one and counts its calls."""
+
+    calls = 0
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        return x + 1 if y is None else x + y
+
+
+def test_head_shares_the_first_images() -> None:
+    chunks = [torch.arange(3), torch.arange(3, 6), torch.arange(6, 8)]
+    stream = Stream(chunks)
+    for n, sizes in ((1, [1]), (3, [3]), (5, [3, 2]), (100, [3, 3, 2])):
+        head = stream.head(n)
+        assert [len(c) for c in head.chunks] == sizes
+        assert torch.cat(head.chunks).tolist() == list(range(min(n, 8)))
+        assert head.chunks[0].data_ptr() == chunks[0].data_ptr()
+
+
+def test_advancing_a_head_leaves_the_stream() -> None:
+    stream = Stream([torch.zeros(2), torch.zeros(2)])
+    stream.head(3).advance(lambda x: x + 1)
+    assert not torch.cat(stream.chunks).any()
+    stream.advance(lambda x: x + 1)
+    assert torch.cat(stream.chunks).tolist() == [1.0] * 4
+
+
+def test_inputs_of_a_site_and_nothing_behind_it() -> None:
+    first, site, behind = Counting(), Counting(), Counting()
+
+    def run(x: Tensor) -> Tensor:
+        return behind(site(first(x), 2 * x))
+
+    stream = Stream([torch.ones(2), torch.full((1,), 5.0)])
+    seen = list(stream.inputs(run, site))
+    assert [[t.tolist() for t in args] for args in seen] == [
+        [[2.0, 2.0], [2.0, 2.0]],
+        [[6.0], [10.0]],
+    ]
+    assert (first.calls, site.calls, behind.calls) == (2, 0, 0)
+
+
+def test_no_gradient_and_no_hook_stay_behind() -> None:
+    linear = nn.Linear(3, 3)
+    stream = Stream([torch.ones(1, 3)])
+    stream.advance(linear)
+    assert not stream.chunks[0].requires_grad
+    observe(linear, linear, torch.ones(1, 3))
+
+    def fail(x: Tensor) -> Tensor:
+        raise ArithmeticError("of the model itself")
+
+    with pytest.raises(ArithmeticError, match="of the model itself"):
+        observe(fail, linear, torch.ones(1))
+    with pytest.raises(RuntimeError, match="does not reach the observed site"):
+        observe(nn.Identity(), linear, torch.ones(1))
+    assert not linear._forward_pre_hooks
