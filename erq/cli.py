@@ -56,9 +56,8 @@ class _Commands(TyperGroup):
             _say(ctx, "interrupted")
             raise typer.Exit(INTERRUPTED) from error
         except Exception as error:
-            usage = getattr(error, "exit_code", 1) == 2 and hasattr(error, "format_message")
-            if usage:
-                _say(ctx, f"{error.format_message()}  See --help.")  # type: ignore[attr-defined]
+            if getattr(error, "exit_code", 1) == 2 and hasattr(error, "format_message"):
+                _say(ctx, f"{error.format_message().rstrip('.')}; see --help")
                 raise typer.Exit(2) from error
             if (ctx.obj or {}).get("debug"):
                 traceback.print_exc()

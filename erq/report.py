@@ -19,7 +19,10 @@ from erq.evaluation import Evaluation
 from erq.timing import Timing
 
 _WIDE = 200
-"""Columns where stdout is no terminal, so that nothing is cut."""
+"""Columns where stdout is no terminal, so that a row stays one line."""
+
+_NARROWEST = 116
+"""Columns that tables get on any terminal: a row in two lines reads better than a number in two."""
 
 _ERRORS = ("error_float", "error_aqer", "error_nearest", "error_final")
 
@@ -40,7 +43,8 @@ class Output:
         if self.json:
             print(json.dumps(to_plain(values), indent=2, allow_nan=False))
             return
-        console = Console(width=None if sys.stdout.isatty() else _WIDE)
+        width = max(Console().width, _NARROWEST) if sys.stdout.isatty() else _WIDE
+        console = Console(width=width)
         for item in shown:
             console.print(Text(item) if isinstance(item, str) else item)
 

@@ -24,6 +24,12 @@ Affine = Callable[..., AffineParams]
 N, K = 40, 24
 
 
+@pytest.fixture(autouse=True)
+def reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are of the modules: the definition runs them wherever nothing else is asked."""
+    monkeypatch.setenv("ERQ_BACKEND", "reference")
+
+
 def make(w_bits: int = 4, a_bits: int = 4, dual: bool = False, bias: bool = True) -> QuantLinear:
     """A layer of random codes; x_scale is small, so that a detour through fp16 would change it."""
     weight = torch.randn(N, K)

@@ -21,6 +21,12 @@ from erq_kernels import BackendError, dispatch
 Build = Callable[..., Any]
 
 
+@pytest.fixture(autouse=True)
+def reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are of the modules: the definition runs them wherever nothing else is asked."""
+    monkeypatch.setenv("ERQ_BACKEND", "reference")
+
+
 class EncoderBlock(nn.Module):
     """A transformer block as torchvision writes it: nn.MultiheadAttention and a nested MLP."""
 
