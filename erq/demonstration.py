@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ METHODS = {"round to nearest": "rtn", "RepQ": "repq", "ERQ": "erq"}
 """Row of the table → method; the last one is packed and written."""
 
 _TIMING_SECONDS = 0.7
+
+_THREADS = 1
+"""The net is so small that more threads would mostly wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def demonstrate(
 
     stages = 2 * len(METHODS) + 3
     scratch = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out.parent))
-    with scratch as parent, Progress(stages, enabled=progress) as bar:
+    with _threads(_THREADS), scratch as parent, Progress(stages, enabled=progress) as bar:
         bar.update("full precision: evaluate")
         evaluations = {"full precision": evaluate(model, test.batches(recipe))}
         sim: nn.Module = model
@@ -133,6 +137,17 @@ def demonstrate(
     )
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """That many threads of torch inside the context."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _evaluate_in_new_process(
     file: Path, data: Path, reference: Path, device: torch.device
 ) -> Evaluation:
@@ -145,7 +160,11 @@ def _evaluate_in_new_process(
     paths = [package_root, os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         command,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "OMP_NUM_THREADS": str(_THREADS),
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -178,9 +197,10 @@ def demo_table(demo: Demonstration) -> Table:
                 timings[0].kernel if timings else "",
             )
         )
+    threads = "" if demo.timings[0].threads is None else f", {_THREADS} thread"
     title = (
         f"{demo.bits.upper()} from {demo.n_calibration} unlabelled images, measured on "
-        f"{demo.n_test} others · {demo.timings[0].hardware}"
+        f"{demo.n_test} others · {demo.timings[0].hardware}{threads}"
     )
     return make_table(title, columns, rows)
 
@@ -189,10 +209,10 @@ def demo_remarks(demo: Demonstration) -> str:
     """What the table does not say by itself."""
     kernel = demo.timings[-1].kernel
     lines = [
-        "Agreement and SQNR (signal over quantization noise of the logits) are with full precision. "
-        "This small net is easy: --bits w2a4 shows the methods further apart.",
+        "Agreement and SQNR (signal over quantization noise, of the logits) compare with full "
+        "precision. This small net is easy: --bits w2a4 shows the methods further apart.",
         "ERQ's accuracy is that of the packed file, as a new process reloads it; full-precision "
-        "weights are there for the comparison alone."
+        "weights are there for the comparison alone.",
     ]
     if kernel == "reference":
         lines.append(

@@ -21,7 +21,7 @@ from erq.timing import Timing
 _WIDE = 200
 """Columns where stdout is no terminal, so that a row stays one line."""
 
-_NARROWEST = 116
+_NARROWEST = 124
 """Columns that tables get on any terminal: a row in two lines reads better than a number in two."""
 
 _ERRORS = ("error_float", "error_aqer", "error_nearest", "error_final")

@@ -1,8 +1,9 @@
 """Registers the Triton kernels with `dispatch` without importing Triton.
 
-A new kernel is one row of `MODULES`. Its module has, per op, a launcher `<op>(*args)` that takes the
-op's arguments, and `<op>_why_not(*args)`: the reason the kernel itself cannot run them (a dtype, say),
-or None. Both load on the first call that could run there.
+A new kernel is one row of `MODULES`. Its module has, per op, a launcher `<op>(*args)` that takes
+the op's arguments, and `<op>_why_not(*args)`: the reason the kernel itself cannot run them (a
+dtype, say), or None; and, for bench/static.py, `static_cases(arch)`, an iterable of
+`launch.StaticCase`. It loads on the first call that could run there.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _MIN_CAPABILITY = (8, 0)
 
 
 @cache
-def _is_installed() -> bool:
+def is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
@@ -44,29 +45,22 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def is_interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter; fixed once they are loaded."""
-    loaded = sys.modules.get(_PACKAGE)
-    if loaded is not None:
-        return bool(loaded.INTERPRETED)
+def _is_interpreter_asked_for() -> bool:
     # The spellings that Triton itself takes for true.
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
 def _device_reason(device: torch.device) -> str | None:
-    """Why kernels cannot run on `device`, or None."""
-    if is_interpreted():
-        return None
+    """Why compiled kernels cannot run on `device`, or None."""
+    got = f"a tensor on {device.type}"
     if device.type == "cuda" and torch.version.hip is None:
         capability = _capability(device)
         if capability >= _MIN_CAPABILITY:
             return None
         got = "{}.{}".format(*capability)
-    else:
-        got = f"a tensor on {device.type}"
     return (
-        f"needs a CUDA device of compute capability 8.0 or newer (got {got}), or TRITON_INTERPRET=1 "
-        "set before the first call"
+        f"needs a CUDA device of compute capability 8.0 or newer (got {got}), or "
+        "TRITON_INTERPRET=1"
     )
 
 
@@ -75,22 +69,32 @@ def _attribute(op: str, suffix: str) -> Any:
 
 
 def _why_not(op: str, *args: Any, **kwargs: Any) -> str | None:
-    if not _is_installed():
+    if not is_installed():
         return "triton is not installed"
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    devices = {t.device for t in tensors}
+    devices = {a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor)}
     if len(devices) > 1:
         return f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}"
-    for device in devices:
-        reason = _device_reason(device)
-        if reason is not None:
-            return reason
-    reason = _attribute(op, "_why_not")(*args, **kwargs)
-    return None if reason is None else str(reason)
+    interpret = _is_interpreter_asked_for()
+    if not interpret:
+        for device in devices:
+            reason = _device_reason(device)
+            if reason is not None:
+                return reason
+    package = importlib.import_module(_PACKAGE)
+    if package.IS_MIXED or package.INTERPRETED != interpret:
+        return "TRITON_INTERPRET changed after Triton was loaded; set it before the process starts"
+    refusal: str | None = _attribute(op, "_why_not")(*args, **kwargs)
+    return refusal
 
 
 def _run(op: str, *args: Any) -> Any:
-    return _attribute(op, "")(*args)
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    run = _attribute(op, "")
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return run(*args)
+    # Triton launches on the current device, whatever its arguments live on.
+    with torch.cuda.device(device):
+        return run(*args)
 
 
 for _op in MODULES:

@@ -123,7 +123,7 @@ _MMA_SYNC = (
 )
 _FEW_ROWS = (
     GemmConfig(32, 64, 128, dots=2),
-    GemmConfig(16, 32, 128, dots=2),
+    GemmConfig(16, 32, 128, num_warps=2, dots=2),
 )
 
 

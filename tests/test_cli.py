@@ -345,12 +345,17 @@ def test_demo_leaves_no_scratch_file_and_prints_one_table(
         return erq.Evaluation(33, top1=12.34, agreement=56.78)
 
     monkeypatch.setattr("erq.demonstration._evaluate_in_new_process", evaluate_here)
-    shown = succeed("demo", "--device", "cpu").out
+    torch.set_num_threads(2)
+    try:
+        shown = succeed("demo", "--device", "cpu").out
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
     [file] = reloaded
     assert file.is_relative_to(tmp_path) and list(tmp_path.iterdir()) == []
     [row] = [line for line in shown.splitlines() if line.startswith(" ERQ ")]
     assert "12.34" in row and "56.78" in row and "reference" in row
-    assert "not for speed" in shown and "33 others" in shown
+    assert "not for speed" in shown and "33 others" in shown and "1 thread" in shown
 
 
 def test_demo_passes_on_why_the_other_process_failed(

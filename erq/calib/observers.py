@@ -19,14 +19,15 @@ class Stream:
     """A batch of activations at one block boundary, in chunks of images.
 
     Args:
-        chunks: float tensors [b, …]; replaced, not copied, as the stream advances.
+        chunks: float tensors [b, …]; these first ones belong to the caller and are not written to.
     """
 
     def __init__(self, chunks: list[Tensor]) -> None:
         self.chunks = chunks
+        self._owned = False
 
     def head(self, images: int) -> Stream:
-        """The stream of the first `images` images; shares memory."""
+        """The stream of the first `images` images; shares memory until it advances."""
         out, left = [], images
         for chunk in self.chunks:
             if left <= 0:
@@ -39,7 +40,14 @@ class Stream:
     def advance(self, run: Run) -> None:
         """Replace every chunk by the block's output for it."""
         for i, chunk in enumerate(self.chunks):
-            self.chunks[i] = run(chunk)
+            out = run(chunk)
+            if self._owned and out.shape == chunk.shape:
+                # Into the old memory: chunks that come and go between the blocks' temporaries
+                # would leave the heap in pieces.
+                chunk.copy_(out)
+            else:
+                self.chunks[i] = out
+        self._owned = True
 
     def inputs(self, run: Run, site: nn.Module) -> Iterator[tuple[Tensor, ...]]:
         """What enters `site` when the block runs on each chunk; nothing after it is computed."""

@@ -1,9 +1,12 @@
-"""Triton kernels, one file per op, and `numerics`, the arithmetic they share; loaded on first use.
+"""Triton kernels, one file per op, and what they share; loaded on first use.
 
 The row that registers an op is in `erq_kernels._triton_backend`.
 """
 
 import triton
+import triton.language as tl
 
-# Triton decides at decoration; a later change of TRITON_INTERPRET has no effect on these kernels.
+# Triton decides when a function is decorated, once: these kernels now, its own library when it was
+# imported. A later change of TRITON_INTERPRET has no effect on either.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+IS_MIXED: bool = INTERPRETED == isinstance(tl.cdiv, triton.JITFunction)

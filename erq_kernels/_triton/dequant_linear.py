@@ -20,6 +20,7 @@ tests/kernels/test_triton_dequant.py; compiled for sm_80 and sm_90. Not run on a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -30,8 +31,9 @@ import triton.language as tl
 from torch import Tensor
 
 from erq_kernels._triton import INTERPRETED
-from erq_kernels._triton.launch import Launch
+from erq_kernels._triton.launch import Launch, StaticCase
 from erq_kernels._triton.quantize import FLOATS
+from erq_kernels.formats import packed_size
 
 # fp32 holds the whole numbers around 2**23: code | bits of 2**23 is 2**23 + code.
 _TWO_23 = tl.constexpr(8388608.0)
@@ -331,3 +333,29 @@ def dequant_linear_why_not(
     if x.dtype not in FLOATS:
         return f"x must be float16, bfloat16 or float32, got {x.dtype}"
     return None
+
+
+def static_cases(arch: int) -> Iterator[StaticCase]:
+    """Widths of every kind, for one row, one image and a batch; rows that begin on any bit."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    # Dual columns are flagged by a byte each; codes of rows that begin on any bit are cut from bytes.
+    for m, n, k, bits, dual, dtype, load_bytes in (
+        (1, 768, 768, 4, False, torch.bfloat16, 16),
+        (1, 768, 768, 3, True, torch.float16, 1),
+        (197, 768, 768, 8, False, torch.bfloat16, 16),
+        (50432, 768, 768, 4, False, torch.bfloat16, 16),
+        (50432, 768, 768, 6, True, torch.bfloat16, 1),
+        (257, 1280, 588, 4, False, torch.float16, 1),
+    ):
+        zero_point = empty(n, dtype=torch.int32)
+        launches = _plan(
+            empty(m, k, dtype=dtype), empty(packed_size(n * k, bits), dtype=torch.uint8),
+            empty(m, n, dtype=dtype), bits, empty(n), zero_point, empty(n) if dual else None,
+            zero_point if dual else None, empty(k, dtype=torch.int8) if dual else None, empty(n),
+        )  # fmt: skip
+        name = f"dequant_linear {m}×{n}×{k} {bits} bits{' dual' if dual else ''} {dtype}"
+        for launch, part in zip(launches, ("", " sum"), strict=False):
+            yield StaticCase(name.replace("torch.", "") + part, launch, load_bytes)

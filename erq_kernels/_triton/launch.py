@@ -19,7 +19,6 @@ class Launch:
         constants: compile-time arguments by name.
         num_warps, num_stages: warps of a program, stages of the software pipeline.
         max_registers: registers a thread may take, or None: no limit.
-        is_gemm: whether it multiplies on tensor cores, in a loop over K.
     """
 
     kernel: Any
@@ -29,7 +28,6 @@ class Launch:
     num_warps: int
     num_stages: int
     max_registers: int | None = None
-    is_gemm: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -47,3 +45,18 @@ class Launch:
     def run(self) -> None:
         """Launch on the current stream of the current device."""
         self.kernel[self.grid](**self.args, **self.constants, **self.options)
+
+
+@dataclass(frozen=True)
+class StaticCase:
+    """A call that bench/static.py compiles and judges.
+
+    Args:
+        name: op and variant, e.g. "qlinear 50432×1152×384 codes".
+        launch: over meta tensors; bases count as aligned to 16 bytes.
+        load_bytes: narrowest load from global memory that the K loop may hold.
+    """
+
+    name: str
+    launch: Launch
+    load_bytes: int = 16

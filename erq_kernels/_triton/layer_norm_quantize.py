@@ -12,17 +12,22 @@ Evidence: under Triton's interpreter codes differ from the reference's by at mos
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from erq_kernels._triton.launch import Launch
+from erq_kernels._triton import INTERPRETED
+from erq_kernels._triton.launch import Launch, StaticCase
 from erq_kernels._triton.numerics import quantize_to_int8
 from erq_kernels._triton.quantize import FLOATS
 
 # Whole rows are held in registers.
 MAX_COLUMNS = 16384
+# Programs that fill a GPU twice; the interpreter runs one after the other.
+_PROGRAMS = 1 if INTERPRETED else 256
 
 
 @triton.jit
@@ -81,12 +86,6 @@ def layer_norm_quantize_kernel(
             tl.store(out + position[None, :], permuted, mask=written)
 
 
-def _output_block(columns: int, rows: int) -> int:
-    """Columns written at once: the least padding, then the largest, with work for all warps."""
-    blocks = [b for b in (1024, 512, 256, 128) if 1024 <= rows * b <= 2048]
-    return min(blocks, key=lambda block: (triton.cdiv(columns, block) * block, -block))
-
-
 def _plan(
     x: Tensor,
     out: Tensor,
@@ -101,9 +100,8 @@ def _plan(
     """The launch for x [M, K], M and K >= 1."""
     m, k = x.shape
     block = triton.next_power_of_2(k)
-    # Several short rows share the loads of weight, bias and order, as long as there are programs
-    # enough to fill a GPU.
-    rows = max(1, min(2048 // max(block, 128), triton.next_power_of_2(m) // 512))
+    # Several short rows share the loads of weight, bias and order, if that leaves programs enough.
+    rows = max(1, min(2048 // max(block, 128), triton.next_power_of_2(m) // (2 * _PROGRAMS)))
     return Launch(
         kernel=layer_norm_quantize_kernel,
         grid=(triton.cdiv(m, rows),),
@@ -114,7 +112,7 @@ def _plan(
         },
         constants={
             "BITS": bits, "PER_COLUMN": inv_scale.dim() == 1, "ROWS": rows, "BLOCK": block,
-            "BLOCK_OUT": _output_block(out.shape[1], rows),
+            "BLOCK_OUT": max(64, 1024 // rows),
         },
         num_warps=max(4, min(16, rows * block // 512)),
         num_stages=1,
@@ -158,3 +156,25 @@ def layer_norm_quantize_why_not(
     if x.shape[1] > MAX_COLUMNS:
         return f"rows must not be longer than {MAX_COLUMNS}, got {x.shape[1]}"
     return None
+
+
+def static_cases(arch: int) -> Iterator[StaticCase]:
+    """Rows of DeiT-S, ViT-B and Swin, outlier columns first; those of one image; natural order."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for m, k, columns in (
+        (50432, 384, 416),
+        (50432, 768, 832),
+        (100352, 96, 128),
+        (197, 384, 416),
+        (50432, 384, 0),
+    ):
+        order = empty(columns, dtype=torch.int64) if columns else None
+        launch = _plan(
+            empty(m, k, dtype=torch.bfloat16), empty(m, columns or k, dtype=torch.int8), empty(k),
+            empty(k), 1e-6, empty(), empty(dtype=torch.int32), 4, order,
+        )  # fmt: skip
+        name = "ordered" if columns else "natural"
+        yield StaticCase(f"layer_norm_quantize {m}×{k} {name}", launch)

@@ -9,7 +9,7 @@ on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from erq_kernels._triton.launch import Launch
+from erq_kernels._triton.launch import Launch, StaticCase
 from erq_kernels.formats import packed_size
 
 GROUPS = 128
@@ -118,3 +118,12 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
 def unpack_why_not(packed: Tensor, bits: int, shape: Sequence[int]) -> str | None:
     """Why the kernel cannot run these arguments, or None: it takes all."""
     return None
+
+
+def static_cases(arch: int) -> Iterator[StaticCase]:
+    """Widths with and without codes that cross bytes."""
+    for bits in (3, 4):
+        codes = torch.empty(768 * 768, dtype=torch.uint8, device="meta")
+        packed = torch.empty(packed_size(768 * 768, bits), dtype=torch.uint8, device="meta")
+        yield StaticCase(f"pack {bits} bits", _plan_pack(codes, packed, bits))
+        yield StaticCase(f"unpack {bits} bits", _plan_unpack(packed, codes, bits))

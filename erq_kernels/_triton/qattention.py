@@ -27,6 +27,7 @@ lies within its rounding error of a half; compiled for sm_80 and sm_90. Not run 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from erq_kernels._triton.launch import Launch
+from erq_kernels._triton.launch import Launch, StaticCase
 from erq_kernels._triton.numerics import quantize_to_int8
 from erq_kernels._triton.quantize import FLOATS
 
@@ -311,15 +312,16 @@ def _plan(
     chunks = triton.cdiv(t, 64)
     # 64 keys take 32 registers of each thread, the two sums as many as there are dimensions.
     if tail or (chunks - 1) * 64 + last > 224:
-        chunks = 0
+        chunks = last = 0
     block_m = 64 if chunks or tail else 128
-    block_n = 32 if tail else 64
+    block_n = {0: 64, 16: 32, 32: 32, 64: 16}[tail]
     args: dict[str, Any] = {
         "q": q, "k": k, "v": v, "out": out,
         "bias": None if bias is None else bias.expand(b, h, t, t),
         "q_zero_point": q_zero_point, "k_zero_point": k_zero_point, "v_zero_point": v_zero_point,
         "score_scale": score_scale, "p_inv_scale": p_inv_scale, "value_scale": value_scale,
-        "inv_scale": out_inv_scale, "zero_point": out_zero_point, "H": h, "T": t, "D": d,
+        "inv_scale": None if out_inv_scale is None else out_inv_scale.contiguous(),
+        "zero_point": None if out_zero_point is None else out_zero_point.contiguous(), "H": h, "T": t, "D": d,
     }  # fmt: skip
     for name, letter, axes in (
         ("q", "q", "bhtd"), ("k", "k", "bhtd"), ("v", "v", "bhtd"), ("out", "o", "bhtd"),
@@ -340,7 +342,7 @@ def _plan(
             "BLOCK_D": block_d, "TAIL": tail,
         },
         num_warps=block_m // 16,
-        num_stages=2,
+        num_stages=1 if tail > 16 else 2,
     )  # fmt: skip
 
 
@@ -397,3 +399,30 @@ def qattention_why_not(
     if bias is not None and bias.dtype not in FLOATS:
         return f"bias must be float16, bfloat16 or float32, got {bias.dtype}"
     return None
+
+
+def static_cases(arch: int) -> Iterator[StaticCase]:
+    """Attention of DeiT-S at 4 and 8 bits, of Swin, of long rows, and of heads of 80 and 96."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    zero = empty(dtype=torch.int32)
+    for b, h, t, d, bits, has_bias in (
+        (256, 6, 197, 64, 4, False),
+        (256, 6, 197, 64, 8, False),
+        (4096, 3, 49, 32, 4, True),
+        (64, 6, 577, 64, 4, False),
+        (64, 16, 257, 80, 4, False),
+        (64, 8, 144, 96, 4, True),
+    ):
+        q, k, v = empty(b, t, 3, h, d, dtype=torch.int8).permute(2, 0, 3, 1, 4)
+        bias = empty(h, t, t) if has_bias else None
+        launch = _plan(
+            q, k, v, empty(b, h, t, d, dtype=torch.int8), zero, zero, zero, empty(), empty(),
+            empty(), bits, bits, True, bias, empty(), zero, bits,
+        )  # fmt: skip
+        name = f"qattention {t}×{d} {bits} bits{' bias' if has_bias else ''}"
+        # A thread's share of the tile of dimensions 64… is 4 bytes, and rows of a bias are as
+        # aligned as its elements.
+        yield StaticCase(name, launch, load_bytes=4 if has_bias or d > 64 else 16)

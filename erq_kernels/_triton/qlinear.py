@@ -19,6 +19,7 @@ compiled for sm_80 to sm_120 (bench/static.py); not yet run on a GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -29,15 +30,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from erq_kernels import configs
 from erq_kernels._triton import INTERPRETED
-from erq_kernels._triton.launch import Launch
+from erq_kernels._triton.launch import Launch, StaticCase
 from erq_kernels._triton.numerics import gelu, gelu_tanh, quantize_to_int8
 from erq_kernels.configs import GemmConfig
 
-OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 # A thread holds one value of scale, bias, … per column of its piece. Whole tiles would need 32 registers
 # for each of them beside the accumulators; pieces of 32 columns let twice the programs fit.
 _EPILOGUE_N = tl.constexpr(32)
+
+# Columns of the first segment per step where there are two, times the dots of a step; twice that in
+# long first segments. More would cost registers in the kernel's most crowded loop.
+_FIRST_STEP = 32
 
 
 @triton.jit
@@ -204,3 +209,241 @@ def qlinear_tma_kernel(
         acc, acc2, row, col, out, scale, scale2, bias, layer_scale, residual, inv_scale, zero_point,
         M, N, stride_r, ACT, OUT_BITS, PER_COLUMN,
     )  # fmt: skip
+
+
+def plan(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    scale: Tensor,
+    scale2: Tensor | None,
+    split: int,
+    bias: Tensor,
+    act: str,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    out_inv_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    out_bits: int,
+    config: GemmConfig,
+) -> Launch:
+    """The launch of one call that writes `out`, [M, N] contiguous, M and N at least 1.
+
+    Args:
+        x, weight, residual: rows of any stride, columns contiguous.
+        others: as `ops.qlinear`; vectors contiguous.
+        config: its `tma` holds where x and weight allow descriptors (`allows_tma`).
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    block_s = _FIRST_STEP * config.dots
+    if split > block_s:
+        block_s = max(block_s, 2 * _FIRST_STEP)
+    args = {
+        "out": out,
+        "scale": scale,
+        "scale2": scale2,
+        "bias": bias,
+        "layer_scale": layer_scale,
+        "residual": residual,
+        "inv_scale": out_inv_scale,
+        "zero_point": out_zero_point,
+        "M": m,
+        "N": n,
+        "K": k,
+        "split": split,
+        "stride_r": 0 if residual is None else residual.stride(0),
+    }
+    constants = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_S": block_s,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "ACT": act,
+        "OUT_BITS": 0 if out_inv_scale is None else out_bits,
+        "PER_COLUMN": out_inv_scale is not None and out_inv_scale.dim() == 1,
+    }
+    if config.tma:
+        kernel = qlinear_tma_kernel
+        x2 = weight2 = None
+        if scale2 is not None:
+            x2 = _descriptor(x[:, split:], config.block_m, config.block_k)
+            weight2 = _descriptor(weight[:, split:], config.block_n, config.block_k)
+        step = config.block_k if scale2 is None else block_s
+        args |= {
+            "x": _descriptor(x[:, :split], config.block_m, step),
+            "weight": _descriptor(weight[:, :split], config.block_n, step),
+            "x2": x2,
+            "weight2": weight2,
+        }
+    else:
+        kernel = qlinear_kernel
+        args |= {"x": x, "weight": weight, "stride_x": x.stride(0), "stride_w": weight.stride(0)}
+        constants["DOTS"] = config.dots
+    return Launch(
+        kernel,
+        (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),),
+        args,
+        constants,
+        config.num_warps,
+        config.num_stages,
+        config.max_registers,
+    )
+
+
+def _descriptor(tile_of: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(tile_of, [rows, columns])
+
+
+def allows_tma(x: Tensor, weight: Tensor, split: int) -> bool:
+    """Whether descriptors can read the operands: bases, row strides and segments in 16-byte units."""
+    operands = (x, weight)
+    return (
+        min(x.shape[1], split) > 0
+        and split % 16 == 0
+        and all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 for t in operands)
+        and all(t.stride(0) >= t.shape[1] for t in operands)
+    )
+
+
+@cache
+def _device(device: torch.device) -> tuple[int, str]:
+    """Compute capability and name; those of the interpreter are of no device."""
+    if INTERPRETED:
+        return 80, "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor, torch.cuda.get_device_name(device)
+
+
+def _with_contiguous_columns(t: Tensor) -> Tensor:
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def qlinear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    scale2: Tensor | None,
+    split: int,
+    bias: Tensor,
+    act: str = "none",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    out_inv_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_bits: int = 0,
+) -> Tensor:
+    """See `ops.qlinear`."""
+    (m, k), n = x.shape, weight.shape[0]
+    dtype = out_dtype if out_inv_scale is None else torch.int8
+    out = torch.empty((m, n), dtype=dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    x, weight = _with_contiguous_columns(x), _with_contiguous_columns(weight)
+    dual = scale2 is not None
+    arch, device = _device(x.device)
+    long = max(split, k - split, 1)
+    config = configs.choose("qlinear", m, n, long, dual, arch, device)
+    if config.tma and not allows_tma(x, weight, split):
+        config = configs.heuristic(m, n, long, dual, arch)
+    plan(
+        x,
+        weight,
+        out,
+        scale.contiguous(),
+        None if scale2 is None else scale2.contiguous(),
+        split,
+        bias.contiguous(),
+        act,
+        None if layer_scale is None else layer_scale.contiguous(),
+        None if residual is None else _with_contiguous_columns(residual),
+        None if out_inv_scale is None else out_inv_scale.contiguous(),
+        None if out_zero_point is None else out_zero_point.contiguous(),
+        out_bits,
+        config,
+    ).run()
+    return out
+
+
+def qlinear_why_not(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    scale2: Tensor | None,
+    split: int,
+    bias: Tensor,
+    act: str = "none",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    out_inv_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_bits: int = 0,
+) -> str | None:
+    """The reason these arguments cannot run here, or None."""
+    vectors = {"scale": scale, "scale2": scale2, "bias": bias, "layer_scale": layer_scale}
+    for name, vector in vectors.items():
+        if vector is not None and vector.dtype != torch.float32:
+            return f"{name} must be float32, got {vector.dtype}"
+    for name, dtype in (
+        ("residual", None if residual is None else residual.dtype),
+        ("out_dtype", out_dtype if out_inv_scale is None else None),
+    ):
+        if dtype is not None and dtype not in FLOATS:
+            return f"{name} must be float16, bfloat16 or float32, got {dtype}"
+    return None
+
+
+# (name, M, N, long segment, first segment or 0, epilogue): layers of DeiT-S and DeiT-T at batch 256,
+# 8 and 1, and heads. Together they reach every configuration of the heuristic.
+_STATIC_SHAPES = (
+    ("qkv", 50432, 1152, 384, 0, "codes"),
+    ("fc1 gelu", 50432, 1536, 384, 0, "gelu"),
+    ("fc1 dual gelu", 50432, 1536, 384, 32, "gelu"),
+    ("fc1 dual gelu_tanh", 50432, 1536, 384, 64, "gelu_tanh"),
+    ("fc2 residual", 50432, 384, 1536, 0, "residual"),
+    ("proj dual residual", 50432, 384, 384, 64, "residual"),
+    ("narrow residual", 50432, 192, 192, 0, "residual"),
+    ("narrow dual", 50432, 192, 192, 32, "codes"),
+    ("batch 8 qkv", 1576, 1152, 384, 0, "codes"),
+    ("batch 1 qkv dual", 197, 1152, 384, 32, "codes"),
+    ("batch 1 fc2", 197, 384, 1536, 0, "residual"),
+    ("21k head batch 32", 32, 21843, 384, 0, "float"),
+    ("head batch 1", 1, 1000, 384, 0, "float"),
+)
+_STATIC_TMA = ("qkv", "fc1 dual gelu", "fc2 residual")
+
+
+def static_cases(arch: int) -> Iterator[StaticCase]:
+    """The calls of `_STATIC_SHAPES` on `arch` in the heuristic's configuration; with descriptors too."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for name, m, n, long, first, epilogue in _STATIC_SHAPES:
+        default = configs.heuristic(m, n, long, first > 0, arch)
+        variants = [(f"qlinear {name}", default)]
+        if arch >= 90 and name in _STATIC_TMA:
+            variants.append((f"qlinear {name} tma", replace(default, tma=True, dots=1)))
+        k = first + long
+        codes = epilogue in ("codes", "gelu", "gelu_tanh")
+        add = epilogue == "residual"
+        for label, config in variants:
+            launch = plan(
+                empty(m, k, dtype=torch.int8),
+                empty(n, k, dtype=torch.int8),
+                empty(m, n, dtype=torch.int8 if codes else torch.bfloat16),
+                empty(n),
+                empty(n) if first else None,
+                first or k,
+                empty(n),
+                epilogue if "gelu" in epilogue else "none",
+                empty(n) if add else None,
+                empty(m, n, dtype=torch.bfloat16) if add else None,
+                empty(n) if codes else None,
+                empty(n, dtype=torch.int32) if codes else None,
+                4 if codes else 0,
+                config,
+            )
+            yield StaticCase(label, launch)

@@ -10,12 +10,14 @@ on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from erq_kernels._triton.launch import Launch
+from erq_kernels._triton.launch import Launch, StaticCase
 from erq_kernels._triton.numerics import quantize_to_int8
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -115,3 +117,18 @@ def quantize_why_not(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int
     if x.dtype not in FLOATS:
         return f"x must be float16, bfloat16 or float32, got {x.dtype}"
     return None
+
+
+def static_cases(arch: int) -> Iterator[StaticCase]:
+    """The input of a linear layer by both kinds of quantizer, and q of an attention layer."""
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x = empty(50432, 384, dtype=torch.bfloat16)
+    q = empty(256, 197, 3, 6, 64, dtype=torch.bfloat16)[:, :, 0].transpose(1, 2)
+    for name, values, columns in (("", x, ()), (" per column", x, (384,)), (" of q", q, ())):
+        codes = empty(*values.shape, dtype=torch.int8)
+        inv_scale = empty(*columns, dtype=torch.float32)
+        zero_point = empty(*columns, dtype=torch.int32)
+        yield StaticCase(f"quantize{name}", _plan(values, codes, inv_scale, zero_point, 4))

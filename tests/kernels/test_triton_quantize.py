@@ -44,7 +44,7 @@ def test_halves_round_to_even(zero_point: int, device: torch.device) -> None:
 
 
 def test_the_product_is_rounded_before_the_sum(device: torch.device) -> None:
-    # 3 · fp32(1/6) is 0.5 + 3·2^-28…: rounded to fp32 it is a half and rounds down.
+    # 3 · fp32(1/6) is 0.5 + 1.5e-8: in fp32 that is a half, which rounds down to 0.
     x = torch.tensor([3.0, 9.0, 15.0, -3.0], device=device)
     check(x, torch.tensor(1 / 6, device=device), torch.tensor(5, dtype=torch.int32).to(device), 4)
 
