@@ -13,18 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 from erq._version import __version__
 
-if TYPE_CHECKING:
-    # ruff: noqa: F401 (names for type checkers; at run time __getattr__ finds them)
-    from erq.config import QuantConfig
-    from erq.deployment.checkpoint import CheckpointError, inspect, load, save
-    from erq.deployment.convert import deploy
-    from erq.deployment.modules import QuantLinear
-    from erq.deployment.network import summary, swap_linears
-    from erq.evaluation import Evaluation, evaluate
-    from erq.models import UnsupportedModelError
-    from erq.pipeline import quantize
-    from erq.timing import Timing, benchmark
-    from erq_kernels.dispatch import BackendError
+if TYPE_CHECKING:  # `as` makes the names part of the typed surface
+    from erq.config import QuantConfig as QuantConfig
+    from erq.deployment.checkpoint import CheckpointError as CheckpointError
+    from erq.deployment.checkpoint import inspect as inspect
+    from erq.deployment.checkpoint import load as load
+    from erq.deployment.checkpoint import save as save
+    from erq.deployment.convert import deploy as deploy
+    from erq.deployment.modules import QuantLinear as QuantLinear
+    from erq.deployment.network import summary as summary
+    from erq.deployment.network import swap_linears as swap_linears
+    from erq.evaluation import Evaluation as Evaluation
+    from erq.evaluation import evaluate as evaluate
+    from erq.models import UnsupportedModelError as UnsupportedModelError
+    from erq.pipeline import quantize as quantize
+    from erq.timing import Timing as Timing
+    from erq.timing import benchmark as benchmark
+    from erq_kernels.dispatch import BackendError as BackendError
 
 # Resolved at first use: `import erq` stays light, and a deployed process never loads calibration.
 _PUBLIC = {
