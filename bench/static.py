@@ -1,7 +1,7 @@
 """What the compiler makes of every Triton kernel, without a GPU: `python bench/static.py`.
 
-Compiles the `static_cases` of every kernel for each architecture and reads registers, shared memory,
-tensor-core instructions and load widths from the machine code. Exits 1 where a kernel
+Compiles the `static_cases` of every kernel for each architecture and reads registers, shared
+memory, tensor-core instructions and load widths from the machine code. Exits 1 where a kernel
 
 - does not compile, or takes more shared memory than a program can have;
 - spills registers;
@@ -108,7 +108,7 @@ class Report:
 
 
 def describe_argument(value: Any, specialize: bool) -> tuple[str, Any, bool]:
-    """Triton's view of a run-time argument: its type, its value if that is compiled in, alignment."""
+    """Triton's view of a run-time argument: its type, its value if compiled in, alignment."""
     if value is None:
         return "constexpr", None, False
     if isinstance(value, torch.Tensor):
@@ -150,8 +150,15 @@ def compile_launch(launch: Launch, arch: int) -> Any:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of machine code: its opcode with modifiers, e.g. LDG.E.128, and what follows."""
+    """One line of machine code.
 
+    Args:
+        predicate: e.g. "@!P0", or "".
+        opcode: with its modifiers, e.g. LDG.E.128.
+        operands: what follows.
+    """
+
+    predicate: str
     opcode: str
     operands: str
 
@@ -164,9 +171,9 @@ def parse_sass(text: str) -> tuple[list[Instruction], dict[str, int]]:
         if label := re.match(r"^(\.L_x_\d+):", line.strip()):
             labels[label[1]] = len(instructions)
         elif code := re.match(
-            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?(\S+)\s*(.*?);", line
+            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+)?\s*(\S+)\s*(.*?);", line
         ):
-            instructions.append(Instruction(code[1], code[2]))
+            instructions.append(Instruction(code[1] or "", code[2], code[3]))
     return instructions, labels
 
 
@@ -179,6 +186,8 @@ def find_k_loops(instructions: list[Instruction], labels: dict[str, int]) -> lis
     """Innermost loops around tensor-core instructions, as ranges of indices."""
     loops = []
     for i, instruction in enumerate(instructions):
+        if instruction.opcode == "EXIT" and not instruction.predicate:
+            break  # beyond lie slow paths that jump back into the middle of the code
         target = re.search(r"\.L_x_\d+", instruction.operands)
         if instruction.opcode.startswith("BRA") and target and labels[target[0]] <= i:
             loops.append(range(labels[target[0]], i + 1))

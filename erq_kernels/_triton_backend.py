@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import sys
 from functools import cache, partial
 from typing import Any
 
@@ -59,8 +58,7 @@ def _device_reason(device: torch.device) -> str | None:
             return None
         got = "{}.{}".format(*capability)
     return (
-        f"needs a CUDA device of compute capability 8.0 or newer (got {got}), or "
-        "TRITON_INTERPRET=1"
+        f"needs a CUDA device of compute capability 8.0 or newer (got {got}), or TRITON_INTERPRET=1"
     )
 
 
@@ -81,7 +79,7 @@ def _why_not(op: str, *args: Any, **kwargs: Any) -> str | None:
             if reason is not None:
                 return reason
     package = importlib.import_module(_PACKAGE)
-    if package.IS_MIXED or package.INTERPRETED != interpret:
+    if package.IS_MIXED or interpret != package.INTERPRETED:
         return "TRITON_INTERPRET changed after Triton was loaded; set it before the process starts"
     refusal: str | None = _attribute(op, "_why_not")(*args, **kwargs)
     return refusal

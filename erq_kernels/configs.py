@@ -1,8 +1,8 @@
 """Tile configuration of the GEMM kernels: a heuristic, overridden by tables measured on a device.
 
-The heuristic rests on what the compiler says about each configuration (`bench/static.py`: registers,
-shared memory, programs per multiprocessor), not on timings. A table `tuned/<device>.json` holds
-timings' winners and is the only thing that may choose `tma`:
+The heuristic rests on what the compiler says about each configuration (`bench/static.py`:
+registers, shared memory, programs per multiprocessor), not on timings. A table
+`tuned/<device>.json` holds timings' winners and is the only thing that may choose `tma`:
 
     {"version": 1, "device": "NVIDIA H200", "triton": "3.6.0", "date": "2026-11-24",
      "qlinear": [{"m": 50432, "n": 1152, "k": 384, "dual": true, "config": {"block_m": 128, …}}]}
@@ -32,7 +32,8 @@ class GemmConfig:
     Args:
         block_m, block_n: output tile of a program; powers of two, 16..256 and 32..256.
         block_k: columns of K per step of the loop; power of two, 32..512.
-        group_m: tiles of M that run side by side before the next tile of N, so that they meet in L2.
+        group_m: tiles of M that run side by side before the next tile of N, so that they meet in
+            L2.
         num_warps: warps of a program, a power of two up to 16.
         num_stages: depth of the software pipeline, 1..8.
         dots: tensor-core calls that a step is cut into, 1 or 2, each of at least 32 columns.
@@ -70,8 +71,8 @@ class GemmConfig:
                 raise ValueError(f"{name} must be from {low} to {high}, got {value}")
         if self.block_k // self.dots < 32:
             raise ValueError(
-                f"block_k {self.block_k} cut into {self.dots} dots leaves {self.block_k // self.dots}"
-                " columns each; at least 32 are needed"
+                f"block_k {self.block_k} cut into {self.dots} dots leaves "
+                f"{self.block_k // self.dots} columns each; at least 32 are needed"
             )
         limit = self.max_registers
         if limit is not None and (not 32 <= limit <= 248 or limit % 8):
@@ -103,17 +104,21 @@ _WGMMA = (
     GemmConfig(128, 64, 128, max_registers=128),  # 3
     GemmConfig(64, 64, 128, max_registers=128),  # 4
 )
-# A second segment brings accumulators of its own: of 128×128 only one program fits, of 64×128 three.
+# A second segment brings accumulators of its own: of 128×128 only one program fits, of 64×128
+# three.
 _WGMMA_DUAL = (
     GemmConfig(64, 128, 128, max_registers=168),  # 3
     GemmConfig(64, 64, 128, max_registers=128),  # 4
 )
-# tcgen05 keeps accumulators in tensor memory.
+# tcgen05 keeps accumulators in tensor memory; those of two segments meet in registers, in the
+# epilogue. The compiler needs no more registers than it is left here, and spills where a limit is
+# set.
 _TCGEN05 = (
-    GemmConfig(128, 128, 128, num_warps=8, max_registers=128),  # 2
-    GemmConfig(128, 64, 128, max_registers=128),  # 3
-    GemmConfig(64, 64, 128, max_registers=128),  # 4
+    GemmConfig(128, 128, 128, num_warps=8),  # 2
+    GemmConfig(128, 64, 128),  # 3
+    GemmConfig(64, 64, 128),  # 3 or 4
 )
+_TCGEN05_DUAL = _TCGEN05[1:]
 # mma.sync. Where a step has a single dot, Triton (3.6, and 3.8 for sm_8x) carries the next operands
 # through the loop byte by byte, at more than twice the instructions; two dots turn that pass off.
 _MMA_SYNC = (
@@ -134,8 +139,9 @@ def _candidates(m: int, dual: bool, arch: int) -> tuple[GemmConfig, ...]:
         return _FEW_ROWS
     if arch == 90:
         return _WGMMA_DUAL if dual else _WGMMA
-    # Of the Blackwells only sm_100 multiplies int8 in tcgen05.
-    return _TCGEN05 if arch == 100 else _MMA_SYNC
+    if arch == 100:  # of the Blackwells the only one that multiplies int8 in tcgen05
+        return _TCGEN05_DUAL if dual else _TCGEN05
+    return _MMA_SYNC
 
 
 def _padded(size: int, block: int) -> int:
@@ -147,7 +153,8 @@ _MAX_PADDING = 1.15
 
 
 def heuristic(m: int, n: int, k: int, dual: bool, arch: int) -> GemmConfig:
-    """The configuration where none was measured: the largest tile that leaves no multiprocessor idle.
+    """The configuration where none was measured: the largest tile that leaves no multiprocessor
+    idle.
 
     Args:
         m, n: rows and columns of the output. k: length of the longer K segment.
@@ -212,7 +219,8 @@ def parse_table(text: str, source: str) -> dict[str, tuple[Measurement, ...]]:
     """Measurements by op of a table's JSON text.
 
     Raises:
-        ValueError: what is not of the form that this module describes; names `source` and the entry.
+        ValueError: what is not of the form that this module describes; names `source` and the
+            entry.
     """
     try:
         table = json.loads(text)

@@ -9,4 +9,4 @@ import triton.language as tl
 # Triton decides when a function is decorated, once: these kernels now, its own library when it was
 # imported. A later change of TRITON_INTERPRET has no effect on either.
 INTERPRETED: bool = triton.knobs.runtime.interpret
-IS_MIXED: bool = INTERPRETED == isinstance(tl.cdiv, triton.JITFunction)
+IS_MIXED: bool = isinstance(tl.cdiv, triton.JITFunction) == INTERPRETED

@@ -341,7 +341,8 @@ def static_cases(arch: int) -> Iterator[StaticCase]:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    # Dual columns are flagged by a byte each; codes of rows that begin on any bit are cut from bytes.
+    # Dual columns are flagged by a byte each; codes of rows that begin on any bit are cut from
+    # bytes.
     for m, n, k, bits, dual, dtype, load_bytes in (
         (1, 768, 768, 4, False, torch.bfloat16, 16),
         (1, 768, 768, 3, True, torch.float16, 1),

@@ -1,14 +1,16 @@
-"""Float arithmetic that the kernels share, in the operations and the order of `erq_kernels.reference`.
+"""Float arithmetic that the kernels share, in the operations and the order of
+`erq_kernels.reference`.
 
 Launch every kernel that calls these with `enable_fp_fusion=False`: a multiply contracted with the
-following add rounds once where torch rounds twice, which moves codes that lie on a rounding boundary.
+following add rounds once where torch rounds twice, which moves codes that lie on a rounding
+boundary.
 """
 
 import triton
 import triton.language as tl
 
-# 1.5 · 2**23: between 2**23 and 2**24 fp32 holds exactly the whole numbers, so adding this to a value
-# within ±2**22 rounds it to one, halves to even, and leaves it in the low bits of the sum.
+# 1.5 · 2**23: between 2**23 and 2**24 fp32 holds exactly the whole numbers, so adding this to a
+# value within ±2**22 rounds it to one, halves to even, and leaves it in the low bits of the sum.
 _MAGIC = tl.constexpr(12582912.0)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
 
@@ -40,6 +42,6 @@ def gelu(x):
 
 @triton.jit
 def gelu_tanh(x):
-    """GELU's tanh form; ½(1 + tanh u) is written as 1 / (1 + exp(−2u)), which has no cancellation."""
+    """GELU's tanh form; ½(1 + tanh u) is written as 1 / (1 + exp(−2u)), free of cancellation."""
     u = _TANH_SCALE * (x + _TANH_CUBIC * (x * x * x))
     return x / (1.0 + tl.exp(-2.0 * u))

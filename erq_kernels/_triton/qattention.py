@@ -10,8 +10,8 @@ between the passes; with CHUNKS = 0 the second pass computes them again.
 Scores. q is centred as far as int8 holds it (wholly, unless its codes have 8 bits); what is left of
 the zero points is corrected with row sums in int32. So scores equal the reference's bit for bit.
 
-Codes. With u = log2 e · (s − max) and Z = Σ 2^u, −2 log2(p · p_inv_scale) is
-2 log2 Z − 2 log2 p_inv_scale − 2u: no division, no second exponential.
+Codes. With t = s − max and Z = Σ exp t, −2 log2(p · p_inv_scale) is
+2 log2 Z − 2 log2 p_inv_scale − 2 log2(e) t: no division, no second logarithm or exponential.
 
 Values. Even codes k weigh 2^(−k/2) in a sum E, odd ones 2^(−(k+1)/2) in a sum F. Subtracting k
 halves of an exponent step from the bits of 2^15 gives 2^(15−k/2) for even k, and
@@ -39,7 +39,7 @@ from erq_kernels._triton.launch import Launch, StaticCase
 from erq_kernels._triton.numerics import quantize_to_int8
 from erq_kernels._triton.quantize import FLOATS
 
-_LOG2E = tl.constexpr(1.4426950408889634)
+_TWO_LOG2E = tl.constexpr(2 * 1.4426950408889634)
 _SQRT2 = tl.constexpr(2.0**0.5)
 # Adding 1.5 · 2**23 rounds to a whole number and leaves it in the low bits (`numerics`).
 _MAGIC = tl.constexpr(12582912.0)
@@ -122,16 +122,16 @@ def _values(
 
 @triton.jit
 def _add_values(
-    a, b, a_tail, b_tail, exponent, log_sum, v, v_zero, start, T, D, stride_vt, stride_vd,
+    a, b, a_tail, b_tail, below, log_sum, v, v_zero, start, T, D, stride_vt, stride_vd,
     BITS: tl.constexpr, ZERO_LAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TAIL: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """2^15 · A and 2^15 · B, [BLOCK_M, BLOCK_D] and [BLOCK_M, TAIL], with the keys from start on.
 
-    exponent is u [BLOCK_M, BLOCK_N], log_sum [BLOCK_M] is 2 log2 Z − 2 log2 p_inv_scale.
+    below is s − max [BLOCK_M, BLOCK_N], log_sum [BLOCK_M] 2 log2 Z − 2 log2 p_inv_scale.
     """
     last: tl.constexpr = 2**BITS - 1
-    y = tl.maximum(tl.fma(exponent, -2.0, log_sum[:, None]), 0.0)
+    y = tl.maximum(tl.fma(below, -_TWO_LOG2E, log_sum[:, None]), 0.0)
     if not ZERO_LAST:
         y = tl.minimum(y, last)
     # The shift leaves the code alone: the low 10 bits of MAGIC_BITS are 0.
@@ -224,7 +224,7 @@ def qattention_kernel(
     b = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     a_tail = tl.zeros((BLOCK_M, TAIL if TAIL > 0 else 16), tl.float32)
     b_tail = tl.zeros((BLOCK_M, TAIL if TAIL > 0 else 16), tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # log2 e · max
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if CHUNKS > 0:
         scores = ()
@@ -236,16 +236,15 @@ def qattention_kernel(
             )  # fmt: skip
             scores = scores + (part,)  # type: ignore[assignment]  # noqa: RUF005
             top = tl.maximum(top, tl.max(part, axis=1))
-        top *= _LOG2E
-        exponents = ()
+        belows = ()
         for i in tl.static_range(CHUNKS):
-            exponent = tl.fma(scores[i], _LOG2E, -top[:, None])
-            exponents = exponents + (exponent,)  # type: ignore[assignment]  # noqa: RUF005
-            total += tl.sum(tl.exp2(exponent), axis=1)
+            below = scores[i] - top[:, None]
+            belows = belows + (below,)  # type: ignore[assignment]  # noqa: RUF005
+            total += tl.sum(tl.exp(below), axis=1)
         log_sum = 2.0 * (tl.log2(total) - log_scale)
         for i in tl.static_range(CHUNKS):
             a, b, a_tail, b_tail = _add_values(
-                a, b, a_tail, b_tail, exponents[i], log_sum, v, v_zero, i * BLOCK_N, T, D,
+                a, b, a_tail, b_tail, belows[i], log_sum, v, v_zero, i * BLOCK_N, T, D,
                 stride_vt, stride_vd, AV_BITS, ZERO_LAST,
                 BLOCK_N if i + 1 < CHUNKS else LAST, BLOCK_D, TAIL, i + 1 == CHUNKS,
             )  # fmt: skip
@@ -255,11 +254,11 @@ def qattention_kernel(
                 centred, centred_tail, rest, row_term, k, bias, scale, rows, start, T, D,
                 stride_kt, stride_kd, stride_bm, stride_bn, BLOCK_N, BLOCK_D, TAIL, True,
             )  # fmt: skip
-            higher = tl.maximum(top, tl.max(part, axis=1) * _LOG2E)
+            higher = tl.maximum(top, tl.max(part, axis=1))
             # A row whose scores so far are all −inf: any finite shift keeps −inf − shift from NaN.
             shift = tl.where(higher == float("-inf"), 0.0, higher)
-            added = tl.sum(tl.exp2(tl.fma(part, _LOG2E, -shift[:, None])), axis=1)
-            total = total * tl.exp2(top - shift) + added
+            added = tl.sum(tl.exp(part - shift[:, None]), axis=1)
+            total = total * tl.exp(top - shift) + added
             top = higher
         log_sum = 2.0 * (tl.log2(total) - log_scale)
         for start in range(0, T, BLOCK_N):
@@ -267,9 +266,8 @@ def qattention_kernel(
                 centred, centred_tail, rest, row_term, k, bias, scale, rows, start, T, D,
                 stride_kt, stride_kd, stride_bm, stride_bn, BLOCK_N, BLOCK_D, TAIL, True,
             )  # fmt: skip
-            exponent = tl.fma(part, _LOG2E, -top[:, None])
             a, b, a_tail, b_tail = _add_values(
-                a, b, a_tail, b_tail, exponent, log_sum, v, v_zero, start, T, D,
+                a, b, a_tail, b_tail, part - top[:, None], log_sum, v, v_zero, start, T, D,
                 stride_vt, stride_vd, AV_BITS, ZERO_LAST, BLOCK_N, BLOCK_D, TAIL, True,
             )  # fmt: skip
 
@@ -321,7 +319,8 @@ def _plan(
         "q_zero_point": q_zero_point, "k_zero_point": k_zero_point, "v_zero_point": v_zero_point,
         "score_scale": score_scale, "p_inv_scale": p_inv_scale, "value_scale": value_scale,
         "inv_scale": None if out_inv_scale is None else out_inv_scale.contiguous(),
-        "zero_point": None if out_zero_point is None else out_zero_point.contiguous(), "H": h, "T": t, "D": d,
+        "zero_point": None if out_zero_point is None else out_zero_point.contiguous(),
+        "H": h, "T": t, "D": d,
     }  # fmt: skip
     for name, letter, axes in (
         ("q", "q", "bhtd"), ("k", "k", "bhtd"), ("v", "v", "bhtd"), ("out", "o", "bhtd"),

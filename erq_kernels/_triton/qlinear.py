@@ -2,15 +2,17 @@
 
 Grid: one program per output tile [BLOCK_M, BLOCK_N], in columns of GROUP_M tiles.
 A program: int32 sums of its tile over both segments, on tensor cores; then, EPILOGUE_N columns at a
-    time, scale, bias, activation, LayerScale, residual, and either a cast or the next layer's codes.
+    time, scale, bias, activation, LayerScale, residual, and either a cast or the next layer's
+    codes.
 Layouts: codes [M, K] and weight [N, K] row major, each read in whole 16-byte pieces where base, row
     stride and segment bounds are multiples of 16 (`formats.gemm_operands` sees to that); any other
     K, split and stride works, with narrower loads.
 
-Exactness: the integer part is exact. The epilogue does the operations of `reference.qlinear` in their
-order, each rounded to fp32 (no contraction to fused multiply-add), so without an activation the result
-is the reference's bit by bit; erf and exp are within a few ulp of torch's, which can move a code that
-lies on a rounding boundary. Codes equal the reference's for |out_zero_point| < 2**22 − 256.
+Exactness: the integer part is exact. The epilogue does the operations of `reference.qlinear` in
+their order, each rounded to fp32 (no contraction to fused multiply-add), so without an activation
+the result is the reference's bit by bit; erf and exp are within a few ulp of torch's, which can
+move a code that lies on a rounding boundary. Codes equal the reference's for |out_zero_point| <
+2**22 − 256.
 
 Evidence: run in Triton's interpreter against the reference (tests/kernels/test_triton_qlinear.py),
 compiled for sm_80 to sm_120 (bench/static.py); not yet run on a GPU.
@@ -36,8 +38,9 @@ from erq_kernels.configs import GemmConfig
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
-# A thread holds one value of scale, bias, … per column of its piece. Whole tiles would need 32 registers
-# for each of them beside the accumulators; pieces of 32 columns let twice the programs fit.
+# A thread holds one value of scale, bias, … per column of its piece. Whole tiles would need 32
+# registers for each of them beside the accumulators; pieces of 32 columns let twice the programs
+# fit.
 _EPILOGUE_N = tl.constexpr(32)
 
 # Columns of the first segment per step where there are two, times the dots of a step; twice that in
@@ -85,7 +88,7 @@ def _dot_segment_tma(
     x, weight, row, col, length,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The same from descriptors of one segment, [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K] a tile."""
+    """The same from descriptors of one segment; tiles [BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K]."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for start in range(0, length, BLOCK_K):
         a = x.load([row, start])
@@ -96,7 +99,7 @@ def _dot_segment_tma(
 
 @triton.jit
 def _split_columns(tile):
-    """Left and right half of a tile; the mma layouts repeat along N in registers, so nothing moves."""
+    """Left and right half of a tile; mma layouts repeat along N in registers, so nothing moves."""
     halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
     return tl.split(tl.permute(halves, (0, 2, 1)))
 
@@ -163,7 +166,8 @@ def qlinear_kernel(
 ):  # fmt: skip
     """Tiles through pointers. BLOCK_S is the first segment's step where there are two."""
     row, col = _locate_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    # Rows and columns over the edge repeat the last real one: in bounds without masks, never stored.
+    # Rows and columns over the edge repeat the last real one: in bounds without masks, never
+    # stored.
     rows = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - row)
     cols = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - col)
     x += row.to(tl.int64) * stride_x
@@ -174,8 +178,9 @@ def qlinear_kernel(
         )
         acc2 = None
     else:
-        # The long segment first: the short one's loop, with its narrow tiles, has few addresses to keep
-        # beside both sums. They stay int32 until the epilogue, which scales them piece by piece.
+        # The long segment first: the short one's loop, with its narrow tiles, has few addresses to
+        # keep beside both sums. They stay int32 until the epilogue, which scales them piece by
+        # piece.
         acc2 = _dot_segment(
             x + split, weight + split, rows, cols, K - split, stride_x, stride_w,
             BLOCK_M, BLOCK_N, BLOCK_K, DOTS,
@@ -197,7 +202,7 @@ def qlinear_tma_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, ACT: tl.constexpr, OUT_BITS: tl.constexpr, PER_COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """Tiles through tensor descriptors, a pair per segment: what lies beyond their edges reads as 0."""
+    """Tiles through tensor descriptors, a pair per segment: beyond their edges they read as 0."""
     row, col = _locate_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     if scale2 is None:
         acc = _dot_segment_tma(x, weight, row, col, K, BLOCK_M, BLOCK_N, BLOCK_K)
@@ -296,7 +301,7 @@ def _descriptor(tile_of: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def allows_tma(x: Tensor, weight: Tensor, split: int) -> bool:
-    """Whether descriptors can read the operands: bases, row strides and segments in 16-byte units."""
+    """Whether descriptors can read the operands: bases, row strides, segments in 16-byte units."""
     operands = (x, weight)
     return (
         min(x.shape[1], split) > 0
@@ -395,8 +400,8 @@ def qlinear_why_not(
     return None
 
 
-# (name, M, N, long segment, first segment or 0, epilogue): layers of DeiT-S and DeiT-T at batch 256,
-# 8 and 1, and heads. Together they reach every configuration of the heuristic.
+# (name, M, N, long segment, first segment or 0, epilogue): layers of DeiT-S and DeiT-T at batch
+# 256, 8 and 1, and heads. Together they reach every configuration of the heuristic.
 _STATIC_SHAPES = (
     ("qkv", 50432, 1152, 384, 0, "codes"),
     ("fc1 gelu", 50432, 1536, 384, 0, "gelu"),
@@ -416,7 +421,7 @@ _STATIC_TMA = ("qkv", "fc1 dual gelu", "fc2 residual")
 
 
 def static_cases(arch: int) -> Iterator[StaticCase]:
-    """The calls of `_STATIC_SHAPES` on `arch` in the heuristic's configuration; with descriptors too."""
+    """Calls of `_STATIC_SHAPES` on `arch` as the heuristic configures them, descriptors too."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -86,6 +86,6 @@ def test_views_are_read_in_place(per_column: bool, device: torch.device, poison:
 def test_float64_is_refused_with_the_reason(device: torch.device) -> None:
     x = torch.randn(3, 4, dtype=torch.float64, device=device)
     with pytest.raises(
-        RuntimeError, match="must be float16, bfloat16 or float32, got torch.float64"
+        RuntimeError, match=r"must be float16, bfloat16 or float32, got torch\.float64"
     ):
         ops.quantize(x, *quantizer(None, 4, device), 4, backend="triton")
