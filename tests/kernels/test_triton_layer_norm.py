@@ -79,7 +79,7 @@ def test_codes_equal_the_reference(
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_few_codes_of_many_differ(bits: int, device: torch.device) -> None:
-    args = make_args(40, 4000, bits, device, outliers=300)
+    args = make_args(26, 4000, bits, device, outliers=300)
     got = ops.layer_norm_quantize(**args, backend="triton")
     want = reference.layer_norm_quantize(**args)
     assert got.numel() > 1e5
@@ -103,8 +103,7 @@ def test_row_lengths(k: int, device: torch.device, poison: None) -> None:
         check(make_args(2, k, 4, device, outliers=max(1, k // 10)))
 
 
-@pytest.mark.parametrize("m", [0, 1, 2, 9, 33])
-@pytest.mark.parametrize("programs", [1, 256])
+@pytest.mark.parametrize(("m", "programs"), [(0, 1), (1, 1), (2, 1), (9, 1), (33, 1), (7, 256)])
 def test_row_counts(
     m: int, programs: int, device: torch.device, poison: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
