@@ -308,7 +308,7 @@ def all_cases(arch: int, pattern: str) -> Iterator[StaticCase]:
 
 
 COLUMNS = (
-    ("case", 36),
+    ("case", 50),
     ("sm", 4),
     ("regs", 5),
     ("spill", 6),
