@@ -271,7 +271,7 @@ def qattention(
     k_zero_point: Tensor,
     v_zero_point: Tensor,
     score_scale: Tensor,
-    p_inv_scale: Tensor,
+    p_inv_scale: Tensor | None,
     value_scale: Tensor,
     qk_bits: int,
     av_bits: int,
@@ -285,11 +285,11 @@ def qattention(
     """Attention on codes; see `reference.qattention`.
 
     Args:
-        q, k, v: int8 codes [B, H, T, D]. zero points: int32 []. scales: fp32 [].
-        bias: float, broadcastable to [B, H, T, T], or None.
+        q, k, v: int8 codes [B, H, T, D]. zero points: int32 []. scales: fp32 []; without
+            p_inv_scale the probabilities stay float. bias: float, broadcastable to [B, H, T, T].
 
     Returns:
-        fp32 [B, H, T, D], or int8 codes if out_inv_scale is given.
+        fp32 [B, T, H, D], or int8 codes if out_inv_scale is given.
 
     Raises:
         ValueError: an argument that is not the above.
@@ -307,7 +307,8 @@ def qattention(
         _check_scalar(f"{name}_zero_point", zero_point, torch.int32)
     scales = {"score_scale": score_scale, "p_inv_scale": p_inv_scale, "value_scale": value_scale}
     for name, scale in scales.items():
-        _check_scalar(name, scale)
+        if scale is not None:
+            _check_scalar(name, scale)
     if bias is not None:
         shape = (*q.shape[:3], q.shape[2])
         _require(
@@ -337,7 +338,7 @@ def _(
     k_zero_point: Tensor,
     v_zero_point: Tensor,
     score_scale: Tensor,
-    p_inv_scale: Tensor,
+    p_inv_scale: Tensor | None,
     value_scale: Tensor,
     qk_bits: int,
     av_bits: int,
@@ -349,7 +350,8 @@ def _(
     backend: str = "auto",
 ) -> Tensor:
     dtype = torch.float32 if out_inv_scale is None else torch.int8
-    return torch.empty(q.shape, dtype=dtype, device=q.device)
+    b, h, t, d = q.shape
+    return torch.empty((b, t, h, d), dtype=dtype, device=q.device)
 
 
 @torch.library.custom_op("erq::dequant_linear", mutates_args=())

@@ -235,7 +235,7 @@ def qattention(
     k_zero_point: Tensor,
     v_zero_point: Tensor,
     score_scale: Tensor,
-    p_inv_scale: Tensor,
+    p_inv_scale: Tensor | None,
     value_scale: Tensor,
     qk_bits: int,
     av_bits: int,
@@ -249,18 +249,25 @@ def qattention(
 
     Args:
         q, k, v: int8 codes [B, H, T, D].
-        score_scale: fp32 [], s_q · s_k · temperature. value_scale: fp32 [], s_p · s_v.
+        score_scale: fp32 [], s_q · s_k · temperature.
+        p_inv_scale: fp32 [], 1 / s_p of the log-√2 quantizer, or None: probabilities stay float.
+        value_scale: fp32 [], s_p · s_v, or s_v without a quantizer of the probabilities.
         qk_bits, av_bits: widths of q and k, and of softmax codes and v.
         bias: float, broadcastable to [B, H, T, T] (relative position bias plus mask), or None.
 
     Returns:
-        fp32 [B, H, T, D], or int8 codes if out_inv_scale is given.
+        fp32 [B, T, H, D], the rows of the next GEMM, or int8 codes if out_inv_scale is given.
     """
     scores = attention_scores(q, k, q_zero_point, k_zero_point, (qk_bits, qk_bits), score_scale)
     if bias is not None:
         scores = scores + bias
-    p = quantize_softmax(scores.softmax(dim=-1), p_inv_scale, av_bits)
-    y = attention_values(p, v, v_zero_point, av_bits, av_bits, zero_last, value_scale)
+    probabilities = scores.softmax(dim=-1)
+    if p_inv_scale is None:
+        y = (probabilities @ _centered(v, v_zero_point, av_bits)) * value_scale
+    else:
+        p = quantize_softmax(probabilities, p_inv_scale, av_bits)
+        y = attention_values(p, v, v_zero_point, av_bits, av_bits, zero_last, value_scale)
+    y = y.transpose(1, 2)
     if out_inv_scale is None:
         return y
     assert out_zero_point is not None

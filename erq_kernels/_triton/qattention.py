@@ -21,6 +21,8 @@ A = E + F, from which E and F follow. Up to 6 bits the operands are exact in fp1
 below 2^−39 are lost) as long as |v − zero_point| <= 2048. Up to 4 bits the sums are exact in fp32
 too, as long as they stay below 2^15: for 2184 keys of any weight, if the zero point is a code.
 
+Float probabilities (no p_inv_scale): exp(s − max) in fp16 times v − zero_point, divided by Z last.
+
 Evidence: under Triton's interpreter equal to the reference, except where −2 log2(p · p_inv_scale)
 lies within its rounding error of a half; compiled for sm_80 and sm_90. Not run on a GPU.
 """
@@ -153,13 +155,35 @@ def _add_values(
 
 
 @triton.jit
+def _add_float_values(
+    a, a_tail, below, v, v_zero, start, T, D, stride_vt, stride_vd,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Z · Σ p (v − zero_point) with the keys from start on; below is s − max, p in fp16."""
+    weight = tl.exp(below).to(tl.float16)  # 0 beyond T, so that values there do not matter
+    keys = start + tl.arange(0, BLOCK_N)
+    a = tl.dot(
+        weight, _values(v, v_zero, keys, 0, T, D, stride_vt, stride_vd, BLOCK_D, True, EDGE), a
+    )
+    if TAIL > 0:
+        tail = _values(v, v_zero, keys, BLOCK_D, T, D, stride_vt, stride_vd, TAIL, True, EDGE)
+        a_tail = tl.dot(weight, tail, a_tail)
+    return a, a_tail
+
+
+@triton.jit
+def _whole_values(a, b, scale):
+    """(E + √2 F) · value_scale from 2^15 · A and 2^15 · B; scale is value_scale · 2^−15."""
+    odd = 2.0 * (b - a)  # 2^15 · F
+    return ((a - odd) + _SQRT2 * odd) * scale
+
+
+@triton.jit
 def _store(
-    a, b, scale, out, inv_scale, zero_point, rows, first, T, D, stride_ot, stride_od,
+    y, out, inv_scale, zero_point, rows, first, T, D, stride_ot, stride_od,
     WIDTH: tl.constexpr, OUT_BITS: tl.constexpr, PER_COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """(E + √2 F) · value_scale or its codes, dimensions first…; scale is value_scale · 2^−15."""
-    odd = 2.0 * (b - a)  # 2^15 · F
-    y = ((a - odd) + _SQRT2 * odd) * scale
+    """fp32 values [rows, WIDTH] or their codes, dimensions first…."""
     dims = first + tl.arange(0, WIDTH)
     in_d = dims < D
     o = out + rows[:, None] * stride_ot + dims[None, :] * stride_od
@@ -187,7 +211,10 @@ def qattention_kernel(
     PER_COLUMN: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v int8 [B, H, T, D] → out fp32, or int8 codes if OUT_BITS > 0; bias [B, H, T, T]."""
+    """q, k, v int8 [B, H, T, D] → out fp32, or int8 codes if OUT_BITS > 0; bias [B, H, T, T].
+
+    Without p_inv_scale the probabilities are not quantized.
+    """
     tiles = tl.cdiv(T, BLOCK_M)
     pair = tl.program_id(0) // tiles
     batch = (pair // H).to(tl.int64)
@@ -219,7 +246,9 @@ def qattention_kernel(
         sums += sums_tail
     row_term = k_zero * (D * rest - sums)
 
-    log_scale = tl.log2(tl.load(p_inv_scale))
+    log_scale = 0.0
+    if p_inv_scale is not None:
+        log_scale = tl.log2(tl.load(p_inv_scale))
     a = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     b = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     a_tail = tl.zeros((BLOCK_M, TAIL if TAIL > 0 else 16), tl.float32)
@@ -243,11 +272,17 @@ def qattention_kernel(
             total += tl.sum(tl.exp(below), axis=1)
         log_sum = 2.0 * (tl.log2(total) - log_scale)
         for i in tl.static_range(CHUNKS):
-            a, b, a_tail, b_tail = _add_values(
-                a, b, a_tail, b_tail, belows[i], log_sum, v, v_zero, i * BLOCK_N, T, D,
-                stride_vt, stride_vd, AV_BITS, ZERO_LAST,
-                BLOCK_N if i + 1 < CHUNKS else LAST, BLOCK_D, TAIL, i + 1 == CHUNKS,
-            )  # fmt: skip
+            if p_inv_scale is None:
+                a, a_tail = _add_float_values(
+                    a, a_tail, belows[i], v, v_zero, i * BLOCK_N, T, D, stride_vt, stride_vd,
+                    BLOCK_N if i + 1 < CHUNKS else LAST, BLOCK_D, TAIL, i + 1 == CHUNKS,
+                )  # fmt: skip
+            else:
+                a, b, a_tail, b_tail = _add_values(
+                    a, b, a_tail, b_tail, belows[i], log_sum, v, v_zero, i * BLOCK_N, T, D,
+                    stride_vt, stride_vd, AV_BITS, ZERO_LAST,
+                    BLOCK_N if i + 1 < CHUNKS else LAST, BLOCK_D, TAIL, i + 1 == CHUNKS,
+                )  # fmt: skip
     else:
         for start in range(0, T, BLOCK_N):
             part = _scores(
@@ -266,20 +301,33 @@ def qattention_kernel(
                 centred, centred_tail, rest, row_term, k, bias, scale, rows, start, T, D,
                 stride_kt, stride_kd, stride_bm, stride_bn, BLOCK_N, BLOCK_D, TAIL, True,
             )  # fmt: skip
-            a, b, a_tail, b_tail = _add_values(
-                a, b, a_tail, b_tail, part - top[:, None], log_sum, v, v_zero, start, T, D,
-                stride_vt, stride_vd, AV_BITS, ZERO_LAST, BLOCK_N, BLOCK_D, TAIL, True,
-            )  # fmt: skip
+            if p_inv_scale is None:
+                a, a_tail = _add_float_values(
+                    a, a_tail, part - top[:, None], v, v_zero, start, T, D, stride_vt, stride_vd,
+                    BLOCK_N, BLOCK_D, TAIL, True,
+                )  # fmt: skip
+            else:
+                a, b, a_tail, b_tail = _add_values(
+                    a, b, a_tail, b_tail, part - top[:, None], log_sum, v, v_zero, start, T, D,
+                    stride_vt, stride_vd, AV_BITS, ZERO_LAST, BLOCK_N, BLOCK_D, TAIL, True,
+                )  # fmt: skip
 
-    y_scale = tl.load(value_scale) * 2.0**-15
+    if p_inv_scale is None:
+        norm = tl.load(value_scale) / total[:, None]
+        y = a * norm
+        y_tail = a_tail * norm
+    else:
+        y_scale = tl.load(value_scale) * 2.0**-15
+        y = _whole_values(a, b, y_scale)
+        y_tail = _whole_values(a_tail, b_tail, y_scale)
     _store(
-        a, b, y_scale, out, inv_scale, zero_point, rows, 0, T, D, stride_ot, stride_od,
+        y, out, inv_scale, zero_point, rows, 0, T, D, stride_ot, stride_od,
         BLOCK_D, OUT_BITS, PER_COLUMN,
     )  # fmt: skip
     if TAIL > 0:
         _store(
-            a_tail, b_tail, y_scale, out, inv_scale, zero_point, rows, BLOCK_D, T, D,
-            stride_ot, stride_od, TAIL, OUT_BITS, PER_COLUMN,
+            y_tail, out, inv_scale, zero_point, rows, BLOCK_D, T, D, stride_ot, stride_od,
+            TAIL, OUT_BITS, PER_COLUMN,
         )  # fmt: skip
 
 
@@ -292,7 +340,7 @@ def _plan(
     k_zero_point: Tensor,
     v_zero_point: Tensor,
     score_scale: Tensor,
-    p_inv_scale: Tensor,
+    p_inv_scale: Tensor | None,
     value_scale: Tensor,
     qk_bits: int,
     av_bits: int,
@@ -353,7 +401,7 @@ def qattention(
     k_zero_point: Tensor,
     v_zero_point: Tensor,
     score_scale: Tensor,
-    p_inv_scale: Tensor,
+    p_inv_scale: Tensor | None,
     value_scale: Tensor,
     qk_bits: int,
     av_bits: int,
@@ -363,12 +411,13 @@ def qattention(
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
 ) -> Tensor:
-    """`reference.qattention`; contiguous [B, H, T, D]."""
+    """`reference.qattention`; contiguous [B, T, H, D]."""
     dtype = torch.float32 if out_inv_scale is None else torch.int8
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    b, h, t, d = q.shape
+    out = torch.empty((b, t, h, d), dtype=dtype, device=q.device)
     if out.numel():
         _plan(
-            q, k, v, out, q_zero_point, k_zero_point, v_zero_point, score_scale, p_inv_scale,
+            q, k, v, out.transpose(1, 2), q_zero_point, k_zero_point, v_zero_point, score_scale, p_inv_scale,
             value_scale, qk_bits, av_bits, zero_last, bias, out_inv_scale, out_zero_point, out_bits,
         ).run()  # fmt: skip
     return out
@@ -382,7 +431,7 @@ def qattention_why_not(
     k_zero_point: Tensor,
     v_zero_point: Tensor,
     score_scale: Tensor,
-    p_inv_scale: Tensor,
+    p_inv_scale: Tensor | None,
     value_scale: Tensor,
     qk_bits: int,
     av_bits: int,
@@ -418,7 +467,7 @@ def static_cases(arch: int) -> Iterator[StaticCase]:
         q, k, v = empty(b, t, 3, h, d, dtype=torch.int8).permute(2, 0, 3, 1, 4)
         bias = empty(h, t, t) if has_bias else None
         launch = _plan(
-            q, k, v, empty(b, h, t, d, dtype=torch.int8), zero, zero, zero, empty(), empty(),
+            q, k, v, empty(b, t, h, d, dtype=torch.int8).transpose(1, 2), zero, zero, zero, empty(), empty(),
             empty(), bits, bits, True, bias, empty(), zero, bits,
         )  # fmt: skip
         name = f"qattention {t}×{d} {bits} bits{' bias' if has_bias else ''}"

@@ -173,6 +173,7 @@ GOOD: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qattention": {
         "no bias": {"bias": None},
+        "float probabilities": {"p_inv_scale": None},
         "full bias": {"bias": torch.randn(B, H, T, T).half()},
         "bias per pair": {"bias": torch.randn(T, T)},
         "wide": {"qk_bits": 8, "av_bits": 6, "q": codes(B, H, T, D), "zero_last": False},

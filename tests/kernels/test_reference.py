@@ -329,11 +329,28 @@ def test_qattention_is_its_parts(affine: Affine, with_bias: bool, out_bits: int)
     scores = values(q, q_params) @ values(k, k_params).transpose(-1, -2) * 0.35
     p = torch.softmax(scores + (0 if bias is None else bias), dim=-1).float()
     p_values = dequantize(quantize(p, p_params), p_params).double()
-    y = p_values @ values(v, v_params)
+    y = (p_values @ values(v, v_params)).transpose(1, 2)
     if out_bits:
         assert torch.equal(got, stored(quantize(y, out), 4))
     else:
         torch.testing.assert_close(got.double(), y, rtol=1e-5, atol=1e-5)
+
+
+def test_qattention_with_float_probabilities(affine: Affine) -> None:
+    params = affine(0.1, 6)
+    q, k, v = torch.randint(0, 16, (3, 2, 2, 13, 8))
+    got = reference.qattention(
+        *(stored(x, 4) for x in (q, k, v)),
+        *[params.zero_point] * 3,
+        params.scale * params.scale * 0.35,
+        None,
+        params.scale,
+        4,
+        4,
+    )
+    scores = values(q, params) @ values(k, params).transpose(-1, -2) * 0.35
+    y = (scores.softmax(dim=-1) @ values(v, params)).transpose(1, 2)
+    torch.testing.assert_close(got.double(), y.double(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

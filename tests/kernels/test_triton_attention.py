@@ -100,12 +100,12 @@ def softmax_levels(call: Call) -> Tensor:
 
 
 def decided_rows(call: Call) -> Tensor:
-    """Rows [B, H, T] none of whose softmax codes fp32's error can move."""
+    """Rows [B, T, H] none of whose softmax codes fp32's error can move."""
     y = softmax_levels(call)
     boundary = y.floor() + 0.5
     matters = (boundary > 0) & (boundary < 2 ** call["av_bits"] - 1)
     near = matters & ((y - boundary).abs() < CODE_ERROR)
-    return ~near.any(dim=-1)
+    return ~near.any(dim=-1).transpose(1, 2)
 
 
 def check(call: Call) -> None:
@@ -192,13 +192,14 @@ def test_wide_values_are_within_rounding_error(
     v = call["v"].double() + code_offset(av_bits) - call["v_zero_point"]
     exact = weight @ v * call["value_scale"].double()
     size = weight @ v.abs() * call["value_scale"].double()  # what the sums are made of
-    got = run(call)
+    got = run(call).transpose(1, 2)
+    decided = decided.transpose(1, 2)
     torch32 = weight.float() @ v.float() * call["value_scale"]
     error = ((got.double() - exact).abs() / size)[decided].max()
     torch_error = ((torch32.double() - exact).abs() / size)[decided].max()
     assert int((~decided).sum()) <= 1 + decided.numel() // 10
     assert float(error) <= 2 * float(torch_error)
-    assert torch.equal(run(call), got)
+    assert torch.equal(run(call).transpose(1, 2), got)
 
 
 def test_relative_position_bias_and_mask(device: torch.device) -> None:
@@ -229,7 +230,7 @@ def test_tokens_that_see_themselves_give_their_own_values(t: int, device: torch.
     call["p_inv_scale"] = torch.tensor(1.0, device=device)
     call["bias"] = torch.full((t, t), -1e4, device=device).fill_diagonal_(0.0)
     values = (call["v"].float() - call["v_zero_point"]) * call["value_scale"]
-    assert torch.equal(run(call), values)
+    assert torch.equal(run(call), values.transpose(1, 2))
 
 
 @pytest.mark.parametrize("t", [20, 230])
@@ -246,9 +247,31 @@ def test_extreme_codes(t: int, bits: int, device: torch.device) -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 37, 32), (1, 1, 230, 64), (1, 2, 40, 80), (1, 1, 1, 96)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_float_probabilities(
+    shape: tuple[int, ...], bits: int, device: torch.device, poison: None
+) -> None:
+    call = build(shape, device, bits, bits) | {"p_inv_scale": None}
+    q, k, v = (call[n].double() + code_offset(bits) for n in "qkv")
+    q, k, v = (x - call[f"{n}_zero_point"] for n, x in zip("qkv", (q, k, v), strict=True))
+    p = (q @ k.transpose(-1, -2) * call["score_scale"]).softmax(dim=-1)
+    exact = ((p @ v) * call["value_scale"]).transpose(1, 2)
+    # What torch loses by taking the probabilities in fp16.
+    half = ((p.half().double() @ v) * call["value_scale"]).transpose(1, 2)
+    got = run(call)
+    assert got.shape == exact.shape and got.dtype == torch.float32
+    scale = float(exact.abs().max()) * 2.0**-12
+    assert (got - exact).abs().max() <= 2 * (half - exact).abs().max() + scale
+    codes = with_codes(call, bits, per_column=False)
+    assert int((run(codes).int() - reference.qattention(**codes).int()).abs().max()) <= 1
+    assert torch.equal(run(call), got)
+
+
 def test_nothing_in_nothing_out(device: torch.device) -> None:
     for shape in ((0, 2, 5, 8), (1, 2, 0, 8)):
-        assert run(build(shape, device)).shape == shape
+        b, h, t, d = shape
+        assert run(build(shape, device)).shape == (b, t, h, d)
 
 
 def test_heads_too_wide_are_refused_with_the_reason(device: torch.device) -> None:
