@@ -213,7 +213,7 @@ def _configure(m: int, n: int, k: int, tensor_cores: bool, words: bool) -> _Conf
         elif m <= 256:
             block_m, block_n, block_k, warps = 64, 64, 64, 4
         else:
-            block_m, block_n, block_k, warps = 128, 128, 64, 8
+            block_m, block_n, block_k, warps = 128, 64, 64, 4
     elif tensor_cores and not few:
         block_m, block_n, block_k, warps = 64, 64, 32, 4
     elif words and not few:
@@ -341,15 +341,15 @@ def static_cases(arch: int) -> Iterator[StaticCase]:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    # Dual columns are flagged by a byte each; codes of rows that begin on any bit are cut from
-    # bytes.
-    for m, n, k, bits, dual, dtype, load_bytes in (
-        (1, 768, 768, 4, False, torch.bfloat16, 16),
-        (1, 768, 768, 3, True, torch.float16, 1),
-        (197, 768, 768, 8, False, torch.bfloat16, 16),
-        (50432, 768, 768, 4, False, torch.bfloat16, 16),
-        (50432, 768, 768, 6, True, torch.bfloat16, 1),
-        (257, 1280, 588, 4, False, torch.float16, 1),
+    # Small loads: a unit's three words, which are 12 bytes apart, and a step's flags. Rows that
+    # begin on any bit are cut from bytes.
+    for m, n, k, bits, dual, dtype, load_bytes, small_loads in (
+        (1, 768, 768, 4, False, torch.bfloat16, 16, 0),
+        (1, 768, 768, 3, True, torch.float16, 16, 4),
+        (197, 768, 768, 8, False, torch.bfloat16, 16, 0),
+        (50432, 768, 768, 4, False, torch.bfloat16, 16, 0),
+        (50432, 768, 768, 6, True, torch.bfloat16, 16, 7),  # two units a thread
+        (257, 1280, 588, 4, False, torch.float16, 1, 0),
     ):
         zero_point = empty(n, dtype=torch.int32)
         launches = _plan(
@@ -359,4 +359,4 @@ def static_cases(arch: int) -> Iterator[StaticCase]:
         )  # fmt: skip
         name = f"dequant_linear {m}×{n}×{k} {bits} bits{' dual' if dual else ''} {dtype}"
         for launch, part in zip(launches, ("", " sum"), strict=False):
-            yield StaticCase(name.replace("torch.", "") + part, launch, load_bytes)
+            yield StaticCase(name.replace("torch.", "") + part, launch, load_bytes, small_loads)
