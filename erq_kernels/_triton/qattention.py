@@ -417,8 +417,9 @@ def qattention(
     out = torch.empty((b, t, h, d), dtype=dtype, device=q.device)
     if out.numel():
         _plan(
-            q, k, v, out.transpose(1, 2), q_zero_point, k_zero_point, v_zero_point, score_scale, p_inv_scale,
-            value_scale, qk_bits, av_bits, zero_last, bias, out_inv_scale, out_zero_point, out_bits,
+            q, k, v, out.transpose(1, 2), q_zero_point, k_zero_point, v_zero_point, score_scale,
+            p_inv_scale, value_scale, qk_bits, av_bits, zero_last, bias, out_inv_scale,
+            out_zero_point, out_bits,
         ).run()  # fmt: skip
     return out
 
@@ -466,9 +467,10 @@ def static_cases(arch: int) -> Iterator[StaticCase]:
     ):
         q, k, v = empty(b, t, 3, h, d, dtype=torch.int8).permute(2, 0, 3, 1, 4)
         bias = empty(h, t, t) if has_bias else None
+        out = empty(b, t, h, d, dtype=torch.int8).transpose(1, 2)
         launch = _plan(
-            q, k, v, empty(b, t, h, d, dtype=torch.int8).transpose(1, 2), zero, zero, zero, empty(), empty(),
-            empty(), bits, bits, True, bias, empty(), zero, bits,
+            q, k, v, out, zero, zero, zero, empty(), empty(), empty(), bits, bits, True, bias,
+            empty(), zero, bits,
         )  # fmt: skip
         name = f"qattention {t}×{d} {bits} bits{' bias' if has_bias else ''}"
         # A thread's share of the tile of dimensions 64… is 4 bytes, and rows of a bias are as
