@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from erq._version import __version__
 from erq.config import FLOAT_BITS, QuantConfig
+from erq.deployment.blocks import fuse_blocks
 from erq.deployment.modules import (
     QuantAttention,
     QuantLinear,
@@ -144,6 +145,7 @@ def load(
         net.load_state_dict(tensors, strict=True, assign=True)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
+    fuse_blocks(net, adapter_named(info.family).pre_norm_blocks(net))
     net.requires_grad_(False).eval().to(device or "cpu")
     net.erq_info = info
     net.erq_report = [

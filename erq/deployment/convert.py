@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from erq.calib.simulate import SimConv2d, SimLinear, SimScores, SimValues
+from erq.deployment.blocks import fuse_blocks
 from erq.deployment.modules import (
     QuantAttention,
     QuantLinear,
@@ -16,6 +17,7 @@ from erq.deployment.modules import (
     QuantValues,
 )
 from erq.deployment.network import set_backend
+from erq.models import adapter_named
 from erq.models.attention import Attention
 from erq_kernels.dispatch import check_backend
 
@@ -49,6 +51,7 @@ def deploy(sim: Any, backend: str = "auto") -> nn.Module:
     for name, module in list(net.named_modules()):
         if isinstance(module, SimLinear | SimConv2d):
             replace_module(net, name, _linear(module))
+    fuse_blocks(net, adapter_named(net.erq_info.family).pre_norm_blocks(net))
     net.erq_report = [r if isinstance(r, dict) else r.to_dict() for r in sim.erq_report]
     net.requires_grad_(False)
     set_backend(net, backend)

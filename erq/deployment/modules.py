@@ -25,8 +25,13 @@ from erq_kernels.reference import dequantize_weight
 # fp32 adds a zero point of smaller magnitude to a rounded value without rounding again.
 _ZERO_POINT_LIMIT = 1 << 24
 
+_NO_OPERANDS = (
+    "no integer operands: a layer with float activations (a_bits=16) has none, an empty one gets "
+    "them from from_params, from_linear or a state dict"
+)
 
-def _move(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+
+def move(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """`tensor` on the device that `fn` puts it, its dtype and values kept."""
     moved = fn(tensor)
     return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -61,9 +66,14 @@ class _Deployed(nn.Module):
         """
         raise NotImplementedError
 
+    def _derive(self, **tensors: Tensor | None) -> None:
+        """Keep what is made of the buffers: it moves with them and is never saved."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Scales rounded to fp16 would be others: only the device follows.
-        return super()._apply(lambda t: _move(t, fn), recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(lambda t: move(t, fn), recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
@@ -245,6 +255,7 @@ class QuantLinear(_PackedWeight):
 
     x_scale: Tensor | None
     x_zero_point: Tensor | None
+    x_inv_scale: Tensor | None
 
     def __init__(
         self,
@@ -262,6 +273,7 @@ class QuantLinear(_PackedWeight):
         self.register_buffer("x_scale", None if floating else torch.tensor(1.0))
         zero = torch.tensor(0, dtype=torch.int32)
         self.register_buffer("x_zero_point", None if floating else zero)
+        self._derive(x_inv_scale=None)
         self._operands: GemmOperands | None = None
 
     @classmethod
@@ -353,20 +365,35 @@ class QuantLinear(_PackedWeight):
             if factor is not None and not bool(torch.isfinite(factor).all()):
                 raise ValueError("x_scale · scale, or the bias folded with it, overflows fp32")
         self._operands = operands
+        self._derive(x_inv_scale=self.x_scale.reciprocal())
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N], in x's dtype."""
-        if self.x_scale is None or self.x_zero_point is None:
+        if self.x_scale is None:
             return self._linear(x)
-        codes = ops.quantize(
-            self._rows(x),
-            self.x_scale.reciprocal(),
-            self.x_zero_point,
-            self.a_bits,
-            self.backend,
-        )
+        codes = self.quantize(self._rows(x))
         y = self.multiply(self.in_gemm_order(codes), out_dtype=x.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Codes of float inputs [..., K], natural order.
+
+        Raises:
+            ValueError: an empty layer.
+        """
+        if self.x_inv_scale is None or self.x_zero_point is None:
+            raise ValueError(_NO_OPERANDS)
+        return ops.quantize(  # type: ignore[no-any-return]
+            x, self.x_inv_scale, self.x_zero_point, self.a_bits, self.backend
+        )
+
+    def input_quantizer(self) -> dict[str, Any]:
+        """The output quantizer of the op that feeds this layer, as its arguments."""
+        return {
+            "out_inv_scale": self.x_inv_scale,
+            "out_zero_point": self.x_zero_point,
+            "out_bits": self.a_bits,
+        }
 
     @property
     def operands(self) -> GemmOperands:
@@ -376,10 +403,7 @@ class QuantLinear(_PackedWeight):
             ValueError: a layer with float activations has none, nor has an empty one.
         """
         if self._operands is None:
-            raise ValueError(
-                "no integer operands: a layer with float activations (a_bits=16) has none, an "
-                "empty one gets them from from_params, from_linear or a state dict"
-            )
+            raise ValueError(_NO_OPERANDS)
         return self._operands
 
     def in_gemm_order(self, codes: Tensor) -> Tensor:
@@ -400,11 +424,11 @@ class QuantLinear(_PackedWeight):
         Raises:
             BackendError: a forced backend cannot run the layer, or quantize its input.
         """
-        if self.x_scale is None or self.x_zero_point is None:
+        if self.x_scale is None:
             return super().kernel()
         o = self.operands
         x = torch.empty(1, self.in_features, device=self.packed.device)
-        quantizer = (self.x_scale.reciprocal(), self.x_zero_point, self.a_bits)
+        quantizer = (self.x_inv_scale, self.x_zero_point, self.a_bits)
         dispatch.select("quantize", self.backend, x, *quantizer)
         codes = torch.empty(1, o.weight.shape[1], dtype=torch.int8, device=x.device)
         args = (codes, o.weight, o.scale, o.scale2, o.split, o.bias)
@@ -415,7 +439,7 @@ class QuantLinear(_PackedWeight):
         o = self._operands
         if o is not None:
             moved: dict[str, Any] = {
-                f.name: _move(v, fn) if isinstance(v, Tensor) else v
+                f.name: move(v, fn) if isinstance(v, Tensor) else v
                 for f in fields(o)
                 for v in [getattr(o, f.name)]
             }
@@ -471,6 +495,9 @@ class QuantScores(_Operands):
     q_zero_point: Tensor
     k_scale: Tensor
     k_zero_point: Tensor
+    q_inv_scale: Tensor
+    k_inv_scale: Tensor
+    factor: Tensor
 
     def __init__(self, bits: int, temperature: float) -> None:
         """Allocate empty quantizers; `temperature` multiplies the scores."""
@@ -481,19 +508,21 @@ class QuantScores(_Operands):
             self.register_buffer(f"{name}_zero_point", torch.tensor(0, dtype=torch.int32))
 
     def repack(self) -> None:
-        """Check the buffers, as `_Operands.repack`, and what is made of them."""
+        """Check the buffers, as `_Operands.repack`, and make `factor`, what a score stands for."""
         super().repack()
-        _check_scale("q_scale · k_scale · temperature", self.factor)
-
-    @property
-    def factor(self) -> Tensor:
-        """fp32 [], what an integer score stands for."""
-        return self.q_scale * self.k_scale * self.temperature
+        factor = self.q_scale * self.k_scale * self.temperature
+        _check_scale("q_scale · k_scale · temperature", factor)
+        self._derive(
+            q_inv_scale=self.q_scale.reciprocal(),
+            k_inv_scale=self.k_scale.reciprocal(),
+            factor=factor,
+        )
 
     def set_params(self, q: AffineParams, k: AffineParams) -> None:
         """Take over calibrated quantizers."""
         self.q_scale, self.q_zero_point = q.scale.clone(), q.zero_point.clone()
         self.k_scale, self.k_zero_point = k.scale.clone(), k.zero_point.clone()
+        self.repack()
 
 
 class QuantValues(_Operands):
@@ -505,6 +534,9 @@ class QuantValues(_Operands):
     p_scale: Tensor
     v_scale: Tensor
     v_zero_point: Tensor
+    p_inv_scale: Tensor
+    v_inv_scale: Tensor
+    factor: Tensor
 
     def __init__(self, bits: int, zero_last: bool) -> None:
         """Allocate empty quantizers; zero_last: the last log-√2 code means 0."""
@@ -515,19 +547,21 @@ class QuantValues(_Operands):
         self.register_buffer("v_zero_point", torch.tensor(0, dtype=torch.int32))
 
     def repack(self) -> None:
-        """Check the buffers, as `_Operands.repack`, and what is made of them."""
+        """Check the buffers, as `_Operands.repack`, and make `factor`, what a value stands for."""
         super().repack()
-        _check_scale("p_scale · v_scale", self.factor)
-
-    @property
-    def factor(self) -> Tensor:
-        """fp32 [], what a whole value stands for."""
-        return self.p_scale * self.v_scale
+        factor = self.p_scale * self.v_scale
+        _check_scale("p_scale · v_scale", factor)
+        self._derive(
+            p_inv_scale=self.p_scale.reciprocal(),
+            v_inv_scale=self.v_scale.reciprocal(),
+            factor=factor,
+        )
 
     def set_params(self, p: LogParams, v: AffineParams) -> None:
         """Take over calibrated quantizers."""
         self.p_scale = p.scale.clone()
         self.v_scale, self.v_zero_point = v.scale.clone(), v.zero_point.clone()
+        self.repack()
 
 
 class QuantAttention(Attention):
@@ -545,14 +579,21 @@ class QuantAttention(Attention):
         )  # fmt: skip
 
     def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q kᵀ · temperature) v for float [B, H, T, D] each."""
-        backend = self.qk.backend
-        codes = [
-            ops.quantize(x, *quantizer, backend)
-            for x, quantizer in zip((q, k, v), self._quantizers(), strict=True)
+        """softmax(q kᵀ · temperature) v for float [B, H, T, D] each: [B, H, T, D]."""
+        return self.multiply(*self.quantize(q, k, v)).transpose(1, 2).to(q.dtype)
+
+    def quantize(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Codes of float q, k and v."""
+        return [
+            ops.quantize(x, *quantizer, self.qk.backend)
+            for x, quantizer in zip((q, k, v), self.quantizers(), strict=True)
         ]
-        y = ops.qattention(*codes, *self._factors(), backend=backend)
-        return y.to(q.dtype)  # type: ignore[no-any-return]
+
+    def multiply(self, q: Tensor, k: Tensor, v: Tensor, **epilogue: Any) -> Tensor:
+        """`ops.qattention` of codes [B, H, T, D]: [B, T, H, D]."""
+        return ops.qattention(  # type: ignore[no-any-return]
+            q, k, v, *self._factors(), backend=self.qk.backend, **epilogue
+        )
 
     def kernel(self) -> str:
         """The backend that runs the attention core on its device.
@@ -562,18 +603,18 @@ class QuantAttention(Attention):
         """
         backend, shape = self.qk.backend, (1, self.num_heads, 1, self.head_dim)
         x = torch.empty(shape, device=self.qk.q_scale.device)
-        for quantizer in self._quantizers():
+        for quantizer in self.quantizers():
             dispatch.select("quantize", backend, x, *quantizer)
         codes = x.to(torch.int8)
         return dispatch.select("qattention", backend, codes, codes, codes, *self._factors())
 
-    def _quantizers(self) -> tuple[tuple[Tensor, Tensor, int], ...]:
+    def quantizers(self) -> tuple[tuple[Tensor, Tensor, int], ...]:
         """(1 / scale, zero point, bits) of q, k and v."""
         qk, av = self.qk, self.av
         return (
-            (qk.q_scale.reciprocal(), qk.q_zero_point, qk.bits),
-            (qk.k_scale.reciprocal(), qk.k_zero_point, qk.bits),
-            (av.v_scale.reciprocal(), av.v_zero_point, av.bits),
+            (qk.q_inv_scale, qk.q_zero_point, qk.bits),
+            (qk.k_inv_scale, qk.k_zero_point, qk.bits),
+            (av.v_inv_scale, av.v_zero_point, av.bits),
         )
 
     def _factors(self) -> tuple[Any, ...]:
@@ -584,7 +625,7 @@ class QuantAttention(Attention):
             qk.k_zero_point,
             av.v_zero_point,
             qk.factor,
-            av.p_scale.reciprocal(),
+            av.p_inv_scale,
             av.factor,
             qk.bits,
             av.bits,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from erq.config import FLOAT_BITS, QuantConfig, as_config
+from erq.deployment.blocks import QuantBlock
 from erq.deployment.modules import (
     QuantAttention,
     QuantLinear,
@@ -32,10 +33,13 @@ def set_backend(net: nn.Module, backend: str) -> None:
     for module in net.modules():
         if isinstance(module, QuantLinear | QuantPatchEmbed | QuantAttention):
             module.kernel()
+        elif isinstance(module, QuantBlock):
+            module.kernels()
 
 
 def summary(net: nn.Module) -> str:
-    """A row per quantized site: bits, scheme, the kernel that runs it, bytes.
+    """A row per quantized site: bits, scheme, the kernel that runs it, bytes; then the kernels a
+    transformer block runs.
 
     Args:
         net: a deployed model, or any model with swapped layers.
@@ -48,7 +52,7 @@ def summary(net: nn.Module) -> str:
     attention_kernel = ""
     for name, module in net.named_modules():
         if isinstance(module, QuantLinear | QuantPatchEmbed):
-            size = sum(b.numel() * b.element_size() for b in module.buffers())
+            size = sum(b.numel() * b.element_size() for b in module.state_dict().values())
             original = 4 * module.out_features * (module.in_features + (module.bias is not None))
             packed, full = packed + size, full + original
             a_bits = module.a_bits if isinstance(module, QuantLinear) else FLOAT_BITS
@@ -70,10 +74,33 @@ def summary(net: nn.Module) -> str:
     rows.append(("total", "", "", "", "", f"{packed:,}", f"{full:,}"))
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     align = [str.ljust] * 5 + [str.rjust] * 2
-    return "\n".join(
+    lines = [
         "  ".join(put(c, w) for put, c, w in zip(align, r, widths, strict=True)).rstrip()
         for r in rows
-    )
+    ]
+    return "\n".join([*lines, *_describe_blocks(net)])
+
+
+def _describe_blocks(net: nn.Module) -> list[str]:
+    """A line per run of blocks on codes that run the same kernels, one by one in their order."""
+    lines: list[tuple[str, list[str]]] = []
+    for name, block in net.named_modules():
+        if not isinstance(block, QuantBlock):
+            continue
+        kernels = block.kernels()
+        text = f"{len(kernels)} kernels: " + " → ".join(f"{op} ({by})" for op, by in kernels)
+        for part, half in (("attention", block.attention_half), ("MLP", block.mlp_half)):
+            if not half.kernels:
+                text += f"; {part} module by module, since {half.reason}"
+            elif half.reason:
+                text += f"; more than the fewest in the {part} half, since {half.reason}"
+        if lines and lines[-1][0] == text:
+            lines[-1][1].append(name)
+        else:
+            lines.append((text, [name]))
+    return [
+        f"{names[0]}{' … ' + names[-1] if len(names) > 1 else ''}: {text}" for text, names in lines
+    ]
 
 
 def swap_linears(

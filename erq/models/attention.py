@@ -76,11 +76,16 @@ class Attention(nn.Module):
         if attn_mask is not None or is_causal:
             raise ValueError("a quantized attention takes no mask; call the model without one")
         b, t, _ = x.shape
-        qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+        q, k, v = self.split_heads(self.qkv(x), b, t)
         q, k = self.q_norm(q), self.k_norm(k)
         y = self.core(q, k, v).transpose(1, 2).reshape(b, t, self.num_heads * self.head_dim)
         return self.proj(self.norm(y))  # type: ignore[no-any-return]
+
+    def split_heads(self, qkv: Tensor, b: int, t: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [B, H, T, D], views of [B·T, 3·H·D] or [B, T, 3·H·D]."""
+        qkv = qkv.reshape(b, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        return q, k, v
 
     def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q kᵀ · temperature) v for [B, H, T, D] each."""

@@ -65,6 +65,9 @@ class ModelAdapter(Protocol):
     def run_block(self, model: nn.Module, index: int, x: Tensor) -> Tensor:
         """Output of block `index` for its input `x`; works on raw and prepared models."""
 
+    def pre_norm_blocks(self, model: nn.Module) -> list[str]:
+        """Paths of the blocks that are x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
+
     def input_shape(self, model: nn.Module) -> tuple[int, int | None, int | None]:
         """(channels, height, width) of the images the model takes; None where any size goes."""
 

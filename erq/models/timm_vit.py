@@ -85,6 +85,10 @@ class TimmVit:
             x = model.forward_head(model.norm(x))
         return x
 
+    def pre_norm_blocks(self, model: Any) -> list[str]:
+        """Every transformer block; see `ModelAdapter.pre_norm_blocks`."""
+        return [f"blocks.{i}" for i in range(len(model.blocks))]
+
     def input_shape(self, model: Any) -> tuple[int, int | None, int | None]:
         """(channels, height, width); see `ModelAdapter.input_shape`."""
         channels = int(model.patch_embed.proj.in_channels)

@@ -474,10 +474,10 @@ def static_cases(arch: int) -> Iterator[StaticCase]:
     ):
         q, k, v = empty(b, t, 3, h, d, dtype=torch.int8).permute(2, 0, 3, 1, 4)
         bias = empty(h, t, t) if has_bias else None
+        out = empty(b, t, h, d, dtype=torch.int8).transpose(1, 2)
         launch = _plan(
-            q, k, v, empty(b, t, h, d, dtype=torch.int8).transpose(1, 2), zero, zero, zero,
-            empty(), None if is_float else empty(), empty(), bits, bits, True, bias, empty(), zero,
-            bits,
+            q, k, v, out, zero, zero, zero, empty(), None if is_float else empty(), empty(), bits,
+            bits, True, bias, empty(), zero, bits,
         )  # fmt: skip
         name = f"qattention {t}×{d} {bits} bits"
         name += (" bias" if has_bias else "") + (" float" if is_float else "")

@@ -266,8 +266,9 @@ def test_forced_backend_runs_every_site(sim: Any, monkeypatch: pytest.MonkeyPatc
     assert calls["qlinear"] == kinds.count("linear")
     assert calls["qattention"] == kinds.count("matmul_qk")
     assert calls["dequant_linear"] == kinds.count("conv")
-    rows = erq.summary(net).splitlines()
-    assert sum("cuda" in row for row in rows) == len(kinds)
+    sites, blocks = erq.summary(net).split("total")
+    assert sum("cuda" in row for row in sites.splitlines()) == len(kinds)
+    assert blocks.count("(cuda)") == 7 and "(reference)" not in blocks
 
 
 @pytest.mark.parametrize("op", ["quantize", "qlinear", "qattention", "dequant_linear"])

@@ -223,7 +223,10 @@ def test_summary_has_a_row_per_site(tiny_vit: Build) -> None:
     }
     sim = erq.quantize(tiny_vit(), torch.randn(4, 3, 16, 16), config)
     net: Any = erq.deploy(sim, backend="reference")
-    title, *rows, total = erq.summary(net).splitlines()
+    title, *rows = erq.summary(net).splitlines()
+    end = next(i for i, row in enumerate(rows) if row.startswith("total"))
+    rows, total, blocks = rows[:end], rows[end], rows[end + 1 :]
+    assert [line.split(":")[0] for line in blocks] == ["blocks.0", "blocks.1"]
     assert title.split() == ["site", "weight", "act", "scheme", "kernel", "bytes", "fp32", "bytes"]
     by_name = {row.split()[0]: row.split()[1:] for row in rows}
     assert list(by_name) == [n for n, _ in net.named_modules() if n in by_name]
@@ -288,7 +291,7 @@ def test_exported_network_computes_the_same(strict: bool, net: Any) -> None:
     batch = {0: torch.export.Dim("batch", min=1, max=64)}
     program = torch.export.export(net, (x,), dynamic_shapes=(batch,), strict=strict)
     targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
-    wanted = {"quantize", "qlinear", "qattention", "dequant_linear"}
+    wanted = {"layer_norm_quantize", "qlinear", "qattention", "dequant_linear"}
     assert {f"erq.{op}.default" for op in wanted} <= targets
     for count in (2, 5):
         x = torch.randn(count, 3, 16, 16)

@@ -1,0 +1,95 @@
+"""Whole deployed networks, each backend against the reference, op by op and from end to end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+import erq
+from erq.data import DEMO_FOLDER, open_images
+from erq.inputs import preprocessing
+from erq.loading import load_model
+from erq_kernels import dispatch
+
+# Of codes whose rounding depends on a LayerNorm, a GELU or a softmax, so many may differ by one.
+FLIPS = 1e-4
+
+
+@dataclass(frozen=True)
+class Call:
+    op: str
+    args: tuple[Any, ...]
+    result: Tensor
+
+
+def run(net: Any, x: Tensor, backend: str) -> tuple[Tensor, list[Call]]:
+    """Output of `net` on `backend`, and every op that it called."""
+    calls: list[Call] = []
+    real = dispatch.call
+
+    def call(op: str, forced: str, *args: Any) -> Any:
+        result = real(op, forced, *args)
+        calls.append(Call(op, args, result))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), dispatch.use(backend):
+        patch.setattr(dispatch, "call", call)
+        return net(x), calls
+
+
+def check(net: Any, x: Tensor, backend: str) -> None:
+    """The same codes at every site; and each op, given the reference's inputs, its codes."""
+    want, expected = run(net, x, "reference")
+    got, calls = run(net, x, backend)
+    assert [c.op for c in calls] == [c.op for c in expected]
+    for mine, reference in zip(calls, expected, strict=True):
+        again = dispatch.call(reference.op, backend, *reference.args)
+        for result in (again, mine.result):
+            assert result.dtype == reference.result.dtype
+            if result.dtype == torch.int8:
+                moved = (result.int() - reference.result.int()).abs()
+                assert int(moved.max()) <= 1
+                assert float((moved > 0).float().mean()) <= FLIPS
+            else:
+                torch.testing.assert_close(result, reference.result, rtol=1e-3, atol=1e-3)
+    assert torch.equal(got.argmax(dim=1), want.argmax(dim=1))
+
+
+@cache
+def golden_size() -> tuple[Any, Tensor]:
+    """A network of the size of the golden files: 2 blocks of 64 channels, 17 tokens."""
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=32, patch_size=8, num_classes=10, embed_dim=64, depth=2, num_heads=4
+    ).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn_like(p) * (0.2 if p.dim() < 2 else p.shape[-1] ** -0.5)
+            p.copy_(noise + 1 if "norm" in name and name.endswith("weight") else noise)
+    images = torch.randn(12, 3, 32, 32)
+    return erq.deploy(erq.quantize(model, images[:8], "w4a4"), "reference"), images[8:]
+
+
+@cache
+def demo() -> tuple[Any, Tensor]:
+    """The shipped network and four of its test images."""
+    model = load_model(str(DEMO_FOLDER / "vit_digits.safetensors"), device=torch.device("cpu"))
+    recipe = preprocessing(model)
+    data = str(DEMO_FOLDER / "digits.npz")
+    calibration, test = open_images(f"{data}:calib_images"), open_images(data)
+    sim = erq.quantize(model, calibration.batches(recipe, calibration.draw(16, seed=0)), "w4a4")
+    images, _ = next(iter(test.batches(recipe)))
+    return erq.deploy(sim, "reference"), images[:4]
+
+
+@pytest.mark.parametrize("network", [golden_size, demo])
+def test_triton_gives_the_codes_of_the_reference(network: Any, device: torch.device) -> None:
+    net, x = network()
+    check(net.to(device), x.to(device), "triton")
+    net.to("cpu")
