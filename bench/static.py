@@ -29,7 +29,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from erq_kernels import _triton, _triton_backend
 from erq_kernels._triton.launch import Launch, StaticCase
@@ -115,9 +114,10 @@ def describe_argument(value: Any, specialize: bool) -> tuple[str, Any, bool]:
         return "constexpr", None, False
     if isinstance(value, torch.Tensor):
         return f"*{TYPES[value.dtype]}", None, specialize
-    if isinstance(value, TensorDescriptor):
+    if hasattr(value, "block_shape"):  # a tensor descriptor; Gluon's have a layout too
         block = ", ".join(map(str, value.block_shape))
-        return f"tensordesc<{TYPES[value.base.dtype]}[{block}]>", None, False
+        layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+        return f"tensordesc<{TYPES[value.base.dtype]}[{block}]{layout}>", None, False
     if isinstance(value, bool):
         return "i1", None, False
     if isinstance(value, int):
@@ -146,7 +146,11 @@ def compile_launch(launch: Launch, arch: int) -> Any:
             constants[(i,)] = value
         if is_aligned:
             aligned[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, aligned)
+    source_type = ASTSource
+    if launch.kernel.is_gluon():
+        # Gluon cannot be imported where Triton interprets, as in the tests of this file.
+        from triton.experimental.gluon._runtime import GluonASTSource as source_type
+    source = source_type(launch.kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 
@@ -173,7 +177,7 @@ def parse_sass(text: str) -> tuple[list[Instruction], dict[str, int]]:
         if label := re.match(r"^(\.L_x_\d+):", line.strip()):
             labels[label[1]] = len(instructions)
         elif code := re.match(
-            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+)?\s*(\S+)\s*(.*?);", line
+            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+)?\s*(\S+)\s*(.*?)\s*;", line
         ):
             instructions.append(Instruction(code[1] or "", code[2], code[3]))
     return instructions, labels
@@ -288,23 +292,31 @@ def examine(case: StaticCase, arch: int) -> Report:
         ]
         report.wait_group = min(waits, default=None)
     report.load_bytes = dict(loads)
+    source = kernel.asm["ttir" if "ttir" in kernel.asm else "ttgir"]  # Gluon begins with the latter
+    report.problems = find_problems(report, case, source)
+    return report
 
+
+def find_problems(report: Report, case: StaticCase, source: str) -> list[str]:
+    """What is wrong with a compiled case, whose MLIR before layouts is `source`."""
+    problems = []
     if report.programs == 0:
-        report.problems.append(
+        problems.append(
             f"takes {report.shared_bytes} bytes of shared memory, more than a program can have"
         )
     if report.spill_bytes:
-        report.problems.append(f"spills {report.spill_bytes} bytes of registers")
-    dots = [line for line in kernel.asm["ttir"].splitlines() if "tt.dot" in line]
+        problems.append(f"spills {report.spill_bytes} bytes of registers")
+    dots = [line for line in source.splitlines() if re.search(r"tt\.dot|_dot\b", line)]
     if any("inputPrecision = ieee" not in line for line in dots) and not report.mma:
-        report.problems.append("multiplies without tensor-core instructions")
+        problems.append("multiplies without tensor-core instructions")
+    loads = report.load_bytes
     narrow = {w: n for w, n in loads.items() if w != "tma" and int(w) < case.load_bytes}
     if sum(narrow.values()) > case.small_loads:
-        report.problems.append(
+        problems.append(
             f"loads {format_counts(narrow)} bytes at a time in the K loop; {case.load_bytes} are "
             f"possible in all but {case.small_loads}"
         )
-    return report
+    return problems
 
 
 def all_cases(arch: int, pattern: str) -> Iterator[StaticCase]:

@@ -237,7 +237,7 @@ def plan(
     Args:
         x, weight, residual: rows of any stride, columns contiguous.
         others: as `ops.qlinear`; vectors contiguous.
-        config: its `tma` holds where x and weight allow descriptors (`allows_tma`).
+        config: its `kernel` is "tma" or "gluon" only where `allows_tma`.
     """
     (m, k), n = x.shape, weight.shape[0]
     block_s = _FIRST_STEP * config.dots
@@ -268,7 +268,13 @@ def plan(
         "OUT_BITS": 0 if out_inv_scale is None else out_bits,
         "PER_COLUMN": out_inv_scale is not None and out_inv_scale.dim() == 1,
     }
-    if config.tma:
+    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
+    if config.kernel == "gluon":
+        # Where Triton interprets, it has no Gluon.
+        from erq_kernels._triton import qlinear_gluon
+
+        return qlinear_gluon.plan(x, weight, split, args, constants, grid, config)
+    if config.kernel == "tma":
         kernel = qlinear_tma_kernel
         x2 = weight2 = None
         if scale2 is not None:
@@ -287,7 +293,7 @@ def plan(
         constants["DOTS"] = config.dots
     return Launch(
         kernel,
-        (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),),
+        grid,
         args,
         constants,
         config.num_warps,
@@ -309,6 +315,14 @@ def allows_tma(x: Tensor, weight: Tensor, split: int) -> bool:
         and all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 for t in operands)
         and all(t.stride(0) >= t.shape[1] for t in operands)
     )
+
+
+def _is_possible(config: GemmConfig, x: Tensor, weight: Tensor, split: int, arch: int) -> bool:
+    if config.kernel == "pointers":
+        return True
+    if config.kernel == "tma":
+        return (INTERPRETED or arch >= 90) and allows_tma(x, weight, split)
+    return not INTERPRETED and arch == 90 and allows_tma(x, weight, split)
 
 
 @cache
@@ -350,7 +364,7 @@ def qlinear(
     arch, device = _device(x.device)
     long = max(split, k - split, 1)
     config = configs.choose("qlinear", m, n, long, dual, arch, device)
-    if config.tma and not allows_tma(x, weight, split):
+    if not _is_possible(config, x, weight, split, arch):
         config = configs.heuristic(m, n, long, dual, arch)
     plan(
         x,
@@ -417,11 +431,11 @@ _STATIC_SHAPES = (
     ("21k head batch 32", 32, 21843, 384, 0, "float"),
     ("head batch 1", 1, 1000, 384, 0, "float"),
 )
-_STATIC_TMA = ("qkv", "fc1 dual gelu", "fc2 residual")
+_STATIC_OTHERS = ("qkv", "fc1 dual gelu", "fc2 residual")
 
 
 def static_cases(arch: int) -> Iterator[StaticCase]:
-    """Calls of `_STATIC_SHAPES` on `arch` as the heuristic configures them, descriptors too."""
+    """Calls of `_STATIC_SHAPES` on `arch` as the heuristic configures them; some by all kernels."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -429,8 +443,11 @@ def static_cases(arch: int) -> Iterator[StaticCase]:
     for name, m, n, long, first, epilogue in _STATIC_SHAPES:
         default = configs.heuristic(m, n, long, first > 0, arch)
         variants = [(f"qlinear {name}", default)]
-        if arch >= 90 and name in _STATIC_TMA:
-            variants.append((f"qlinear {name} tma", replace(default, tma=True, dots=1)))
+        if arch >= 90 and name in _STATIC_OTHERS:
+            variants.append((f"qlinear {name} tma", replace(default, kernel="tma", dots=1)))
+        if arch == 90 and name in _STATIC_OTHERS:
+            gluon = replace(default, kernel="gluon", max_registers=None)
+            variants.append((f"qlinear {name} gluon", gluon))
         k = first + long
         codes = epilogue in ("codes", "gelu", "gelu_tanh")
         add = epilogue == "residual"
