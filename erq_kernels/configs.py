@@ -111,21 +111,21 @@ _MULTIPROCESSORS = {
     121: 48,
 }
 
-# Tiles per class of architecture, largest first; the comments give the programs that bench/static.py
-# finds room for on a multiprocessor.
+# Tiles per class of architecture, largest first; the comments give the programs that
+# bench/static.py finds room for on a multiprocessor.
 #
 # wgmma takes 64 rows and keeps accumulators in registers. Triton does not make it asynchronous for
 # int32, so two or three programs per multiprocessor have to hide one another's waits and epilogues.
 _WGMMA = (
-    # The limit makes room for a second program. The richest epilogue (residual, LayerScale, codes by
-    # column) pays with 24 bytes of spill under Triton 3.6, the others with nothing.
+    # The limit makes room for a second program. The richest epilogue (residual, LayerScale, codes
+    # by column) pays with 24 bytes of spill under Triton 3.6, the others with nothing.
     GemmConfig(128, 128, 128, num_warps=8, max_registers=128),  # 2
     GemmConfig(64, 128, 128),  # 3
     GemmConfig(128, 64, 128),  # 3
     GemmConfig(64, 64, 128),  # 4
 )
-# A second segment brings accumulators of its own: of 128×128 only one program would fit. A limit that
-# lets three of 64×128 in makes most epilogues spill.
+# A second segment brings accumulators of its own: of 128×128 only one program would fit. A limit
+# that lets three of 64×128 in makes most epilogues spill.
 _WGMMA_DUAL = (
     GemmConfig(64, 128, 128),  # 2 or 3
     GemmConfig(64, 64, 128),  # 4
