@@ -56,7 +56,10 @@ def repack_kernel(
     packed, order, zero_point, zero_point2, out, K, K_OUT, split, size,
     BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """packed uint8 [size] of codes [N, K] → out int8 [N, K_OUT]; order int64 [K_OUT], −1 at padding."""
+    """packed uint8 [size] of codes [N, K] → out int8 [N, K_OUT].
+
+    order int64 [K_OUT] gives the channel of each column, −1 at padding.
+    """
     row = tl.program_id(0).to(tl.int64)
     position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = position < K_OUT
