@@ -402,7 +402,6 @@ def test_bad_argument_is_one_value_error(op: str, change: dict[str, Any], text: 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("op", [op for op in MAKE if op not in ("pack", "unpack")])
 def test_tensors_of_one_call_live_on_one_device(op: str) -> None:
     args = MAKE[op]()
