@@ -27,6 +27,7 @@ MODULES = {
     "qattention": "qattention",
     "qlinear": "qlinear",
     "quantize": "quantize",
+    "repack": "pack",
     "unpack": "pack",
 }
 

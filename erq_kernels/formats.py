@@ -6,6 +6,7 @@ b <= 7, code − 128 for b = 8 (`code_offset`), since int8 is what tensor cores 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -128,55 +129,132 @@ class GemmOperands:
     order: Tensor | None
 
 
-def gemm_operands(
-    codes: Tensor,
-    scale: Tensor,
+def repacked_columns(k: int, outliers: int) -> int:
+    """K': columns of the GEMM layout of `k` input channels, `outliers` of them in a segment of
+    their own.
+    """
+    return sum(-(-n // K_ALIGN) * K_ALIGN for n in (outliers, k - outliers))
+
+
+def check_centered(
+    codes: Callable[[], Tensor],
+    bits: int,
     zero_point: Tensor,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> None:
+    """Raise ValueError, naming the zero point, unless every code − zero_point fits int8.
+
+    Args:
+        codes: gives the codes [N, K]; asked only where the zero points alone do not decide.
+        zero_point: int32 [N]; zero_point2: that of `columns`.
+    """
+    named = (("zero_point", zero_point), ("zero_point2", zero_point2))
+    if all(z is None or _surely_fits(z, bits) for _, z in named):
+        return
+    known = codes()
+    dual = torch.zeros(known.shape[1], dtype=torch.bool, device=known.device)
+    if columns is not None:
+        dual[columns] = True
+    for (name, z), chosen in zip(named, (~dual, dual), strict=True):
+        part = known[:, chosen]
+        if z is None or not part.numel():
+            continue
+        lowest = int((part.amin(dim=1).long() - z).min())
+        highest = int((part.amax(dim=1).long() - z).max())
+        if lowest < -128 or highest > 127:
+            raise ValueError(
+                f"{name}: weight code − zero_point must fit int8 (−128..127), got "
+                f"{lowest}..{highest}; fit the weight with centered_int8"
+            )
+
+
+def _surely_fits(zero_point: Tensor, bits: int) -> bool:
+    """Whether every code of `bits` bits minus any of the zero points fits int8."""
+    if not zero_point.numel():
+        return True
+    low, high = (int(z) for z in zero_point.aminmax())
+    return low >= 2**bits - 128 and high <= 128
+
+
+def center(
+    codes: Tensor,
+    bits: int,
+    zero_point: Tensor,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """The weight that integer GEMMs read: code − zero_point in the order of `k_order`.
+
+    Args:
+        codes: uint8 [N, K], natural column order.
+        zero_point: int32 [N]; zero_point2: that of the outlier `columns`, int64 [S], or None.
+
+    Returns:
+        int8 [N, K'], 0 at padding.
+
+    Raises:
+        ValueError: a code − zero_point outside int8.
+    """
+    check_centered(lambda: codes, bits, zero_point, zero_point2, columns)
+    centered = codes.to(torch.int32) - zero_point[:, None]
+    if columns is not None:
+        assert zero_point2 is not None
+        centered[:, columns] = codes[:, columns].to(torch.int32) - zero_point2[:, None]
+    order, real, _ = k_order(columns, codes.shape[1])
+    if order is not None and real is not None:
+        centered = centered[:, order.to(codes.device)] * real.to(codes.device)
+    return centered.to(torch.int8)
+
+
+def repack(
+    packed: Tensor,
+    bits: int,
+    k: int,
+    zero_point: Tensor,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """`center` of the packed codes [N, k]: bit stream → the layout that integer GEMMs read."""
+    codes = unpack(packed, bits, (zero_point.shape[0], k))
+    return center(codes, bits, zero_point, zero_point2, columns)
+
+
+def gemm_operands(
+    weight: Tensor,
+    k: int,
+    scale: Tensor,
     bias: Tensor | None,
     x_scale: Tensor,
     x_zero_point: Tensor,
     x_bits: int,
     scale2: Tensor | None = None,
-    zero_point2: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> GemmOperands:
-    """GEMM layout of a quantized linear layer; simulation and deployment both run on it.
+    """What a quantized linear layer's GEMM reads; simulation and deployment both run on it.
 
     Args:
-        codes: uint8 [N, K], natural column order.
-        scale, zero_point: fp32 / int32 [N] of all columns but `columns`.
+        weight: int8 [N, K'] of `center` or `repack`. k: input channels.
+        scale: fp32 [N] of all columns but `columns`.
         bias: fp32 [N] or None.
         x_scale, x_zero_point, x_bits: the activation quantizer, per tensor.
-        scale2, zero_point2: fp32 / int32 [N] of the outlier `columns`, or None.
+        scale2: fp32 [N] of the outlier `columns`, or None.
         columns: int64 [S], or None.
-
-    Raises:
-        ValueError: a code − zero_point outside int8.
     """
-    n, k = codes.shape
-    centered = codes.to(torch.int32) - zero_point[:, None]
     first, second = scale, None
     if columns is not None:
-        assert scale2 is not None and zero_point2 is not None
-        centered[:, columns] = codes[:, columns].to(torch.int32) - zero_point2[:, None]
+        assert scale2 is not None
         first, second = scale2, scale
-    order, real, split = k_order(columns, k)
-    if order is not None and real is not None:
-        order, real = order.to(codes.device), real.to(codes.device)
-        centered = centered[:, order] * real
-    if n and k and (int(centered.min()) < -128 or int(centered.max()) > 127):
-        raise ValueError(
-            "weight code − zero_point must fit int8 (−128..127), got "
-            f"{int(centered.min())}..{int(centered.max())}; fit the weight with centered_int8"
-        )
+    order, _, split = k_order(columns, k)
     # The stored activation code is q − offset and x = (q − z)·s, so every output carries the
     # constant −(z − offset)·Σ_k w' per segment. fp64, rounded once.
     shift = (x_zero_point - code_offset(x_bits)).double()
-    folded = torch.zeros(n, dtype=torch.float64, device=codes.device) if bias is None else bias
-    folded = folded.double()
+    zeros = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    folded = zeros if bias is None else bias.double()
     m1 = x_scale * first
-    folded = folded - shift * m1.double() * centered[:, :split].sum(dim=1).double()
+    folded = folded - shift * m1.double() * weight[:, :split].sum(dim=1).double()
     m2 = None if second is None else x_scale * second
     if m2 is not None:
-        folded = folded - shift * m2.double() * centered[:, split:].sum(dim=1).double()
-    return GemmOperands(centered.to(torch.int8), m1, m2, split, folded.float(), order)
+        folded = folded - shift * m2.double() * weight[:, split:].sum(dim=1).double()
+    order = None if order is None else order.to(weight.device)
+    return GemmOperands(weight, m1, m2, split, folded.float(), order)

@@ -473,6 +473,66 @@ def _(packed: Tensor, bits: int, shape: Sequence[int], backend: str = "auto") ->
     return torch.empty(tuple(shape), dtype=torch.uint8, device=packed.device)
 
 
+@torch.library.custom_op("erq::repack", mutates_args=())
+def repack(
+    packed: Tensor,
+    bits: int,
+    k: int,
+    zero_point: Tensor,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Bit stream of a weight → the layout that `qlinear` reads; see `formats.repack`.
+
+    Args:
+        packed: uint8 dense bit stream of codes [N, k]. bits: 2..8.
+        zero_point: int32 [N]; zero_point2: that of `columns`, int64 [S] sorted.
+
+    Returns:
+        int8 [N, K'], code − zero_point in the order of `formats.k_order`, 0 at padding.
+
+    Raises:
+        ValueError: an argument that is not the above; a code − zero_point outside int8.
+    """
+    _check_bits(bits)
+    n = zero_point.numel()
+    size = formats.packed_size(n * k, bits)
+    _require(
+        packed.dtype == torch.uint8 and packed.numel() == size,
+        f"packed must hold {n}×{k} codes of {bits} bits in {size} bytes, got "
+        f"{packed.numel()} of {packed.dtype}",
+    )
+    _check_vector("zero_point", zero_point, n, torch.int32)
+    _check_vector("zero_point2", zero_point2, n, torch.int32)
+    _require((zero_point2 is None) == (columns is None), "zero_point2 and columns come together")
+    if columns is not None:
+        _check_vector("columns", columns, columns.numel(), torch.int64)
+        _require(0 < columns.numel() < k, f"columns must name 1..{k - 1} of {k} columns")
+        inside = bool((columns >= 0).all() & (columns < k).all() & (columns.diff() > 0).all())
+        _require(inside, f"columns must be sorted, distinct and inside 0..{k - 1}")
+    _check_device(packed, zero_point, zero_point2, columns)
+    formats.check_centered(
+        lambda: formats.unpack(packed, bits, (n, k)), bits, zero_point, zero_point2, columns
+    )
+    return _run("repack", backend, packed, bits, k, zero_point, zero_point2, columns)
+
+
+@repack.register_fake
+def _(
+    packed: Tensor,
+    bits: int,
+    k: int,
+    zero_point: Tensor,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    outliers = 0 if columns is None else columns.shape[0]
+    shape = (zero_point.shape[0], formats.repacked_columns(k, outliers))
+    return torch.empty(shape, dtype=torch.int8, device=packed.device)
+
+
 def _always(*_: Any, **__: Any) -> str | None:
     return None
 
@@ -485,6 +545,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "dequant_linear": reference.dequant_linear,
     "pack": formats.pack,
     "unpack": formats.unpack,
+    "repack": formats.repack,
 }
 for _name, _reference in _REFERENCE.items():
     dispatch.register(_name, "reference", _reference, _always)

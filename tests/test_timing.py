@@ -83,7 +83,6 @@ def test_bad_input_is_one_clear_error(arguments: dict[str, Any], message: str) -
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_is_timed_by_events(tiny_vit: Callable[..., nn.Module]) -> None:
     [found] = benchmark(tiny_vit().cuda(), (2,), seconds=0.05)
     assert found.device == "cuda:0" and found.threads is None

@@ -27,7 +27,7 @@ from erq.quant import (
     quantize,
 )
 from erq_kernels import reference
-from erq_kernels.formats import GemmOperands, gemm_operands
+from erq_kernels.formats import GemmOperands, center, gemm_operands
 
 T = TypeVar("T")
 
@@ -120,16 +120,22 @@ class SimLinear(_SimWeight):
         if self.x_params is None:
             return
         plain, outlier, columns = outlier_split(self.w_params)
-        self.operands = gemm_operands(
+        weight = center(
             codes.to(torch.uint8),
-            plain.scale,
+            self.w_params.bits,
             plain.zero_point,
+            None if outlier is None else outlier.zero_point,
+            columns,
+        )
+        self.operands = gemm_operands(
+            weight,
+            codes.shape[1],
+            plain.scale,
             self.bias,
             self.x_params.scale,
             self.x_params.zero_point,
             self.x_params.bits,
             None if outlier is None else outlier.scale,
-            None if outlier is None else outlier.zero_point,
             columns,
         )
 

@@ -142,7 +142,9 @@ def load(
         _check_structure(net.state_dict(), tensors)
         _check_digests(header, tensors)
         _check_floats(tensors)
-        net.load_state_dict(tensors, strict=True, assign=True)
+        # First to the device: there the layouts that its kernels read are made.
+        moved = {name: tensor.to(device or "cpu") for name, tensor in tensors.items()}
+        net.load_state_dict(moved, strict=True, assign=True)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
     fuse_blocks(net, adapter_named(info.family).pre_norm_blocks(net))

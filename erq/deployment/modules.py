@@ -19,7 +19,14 @@ from erq.models.patches import patches
 from erq.quant import AffineParams, DualAffineParams, LogParams, WeightParams, quantize
 from erq.quant.fit import fit_weight
 from erq_kernels import dispatch, ops
-from erq_kernels.formats import GemmOperands, gemm_operands, pack, packed_size, unpack
+from erq_kernels.formats import (
+    GemmOperands,
+    check_centered,
+    gemm_operands,
+    pack,
+    packed_size,
+    unpack,
+)
 from erq_kernels.reference import dequantize_weight
 
 # fp32 adds a zero point of smaller magnitude to a rounded value without rounding again.
@@ -177,26 +184,7 @@ class _PackedWeight(_Deployed):
                 )
         if self.bias is not None and not bool(torch.isfinite(self.bias).all()):
             raise ValueError("bias must be finite, got NaN or infinite values")
-        self._check_centered()
-
-    def _check_centered(self) -> None:
-        """Raise ValueError, naming the zero point, unless every code − zero_point fits int8."""
-        codes = self.weight_codes()
-        dual = torch.zeros(self.in_features, dtype=torch.bool, device=codes.device)
-        if self.dual_columns is not None:
-            dual[self.dual_columns] = True
-        parts = (("zero_point", self.zero_point, ~dual), ("zero_point2", self.zero_point2, dual))
-        for name, zero_point, columns in parts:
-            part = codes[:, columns]
-            if zero_point is None or not part.numel():
-                continue
-            lowest = int((part.amin(dim=1).long() - zero_point).min())
-            highest = int((part.amax(dim=1).long() - zero_point).max())
-            if lowest < -128 or highest > 127:
-                raise ValueError(
-                    f"{name}: weight code − zero_point must fit int8 (−128..127), got "
-                    f"{lowest}..{highest}; fit the weight with centered_int8"
-                )
+        check_centered(self.weight_codes, self.w_bits, self.zero_point, self.zero_point2, columns)
 
     def _rows(self, x: Tensor) -> Tensor:
         """[..., K] → [M, K].
@@ -349,16 +337,24 @@ class QuantLinear(_PackedWeight):
         _check_zero_point("x_zero_point", self.x_zero_point)
         if self.x_scale is None or self.x_zero_point is None:
             return
-        operands = gemm_operands(
-            self.weight_codes(),
-            self.scale,
+        weight = ops.repack(
+            self.packed,
+            self.w_bits,
+            self.in_features,
             self.zero_point,
+            self.zero_point2,
+            self.dual_columns,
+            self.backend,
+        )
+        operands = gemm_operands(
+            weight,
+            self.in_features,
+            self.scale,
             self.bias,
             self.x_scale,
             self.x_zero_point,
             self.a_bits,
             self.scale2,
-            self.zero_point2,
             self.dual_columns,
         )
         for factor in (operands.scale, operands.scale2, operands.bias):

@@ -1,10 +1,12 @@
-"""Dense bit stream of codes, written and read on the device (`formats.pack`, `formats.unpack`).
+"""Dense bit stream of codes, written and read on the device (`formats.pack`, `unpack`, `repack`).
 
-Grid: one program per GROUPS groups of 8 codes. Eight codes of b bits are b whole bytes, so a group
-owns its bytes: they are built in one 64-bit word, and no byte is written twice.
+Grid of pack and unpack: one program per GROUPS groups of 8 codes. Eight codes of b bits are b whole
+bytes, so a group owns its bytes: they are built in one 64-bit word, and no byte is written twice.
+Grid of repack: one program per BLOCK columns of one output row; each code is read from the two
+bytes that it may lie in.
 
-Evidence: equal to the reference under Triton's interpreter; compiled for sm_80 and sm_90. Not run
-on a GPU.
+Evidence: equal to the reference under Triton's interpreter; compiled (bench/static.py). Not run on
+a GPU.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from erq_kernels._triton.launch import Launch, StaticCase
-from erq_kernels.formats import packed_size
+from erq_kernels.formats import k_order, packed_size
 
 GROUPS = 128
+BLOCK = 1024
 
 
 @triton.jit
@@ -48,6 +51,31 @@ def unpack_kernel(packed, out, count, size, BITS: tl.constexpr, GROUPS: tl.const
     tl.store(out + index, code.to(tl.uint8), mask=index < count)
 
 
+@triton.jit
+def repack_kernel(
+    packed, order, zero_point, zero_point2, out, K, K_OUT, split, size,
+    BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """packed uint8 [size] of codes [N, K] → out int8 [N, K_OUT].
+
+    order int64 [K_OUT] gives the channel of each column, −1 at padding.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < K_OUT
+    channel = tl.load(order + position, mask=inside, other=-1)
+    real = channel >= 0
+    bit = (row * K + channel) * BITS
+    byte = bit // 8
+    low = tl.load(packed + byte, mask=real, other=0).to(tl.int32)
+    high = tl.load(packed + byte + 1, mask=real & (byte + 1 < size), other=0).to(tl.int32)
+    code = ((low | (high << 8)) >> (bit % 8).to(tl.int32)) & (2**BITS - 1)
+    zero = tl.load(zero_point + row)
+    if zero_point2 is not None:
+        zero = tl.where(position < split, tl.load(zero_point2 + row), zero)
+    tl.store(out + row * K_OUT + position, tl.where(real, code - zero, 0).to(tl.int8), mask=inside)
+
+
 def _plan_pack(codes: Tensor, out: Tensor, bits: int) -> Launch:
     count = codes.numel()
     return Launch(
@@ -70,6 +98,31 @@ def _plan_unpack(packed: Tensor, out: Tensor, bits: int) -> Launch:
         num_warps=4,
         num_stages=1,
     )
+
+
+def _plan_repack(
+    packed: Tensor,
+    order: Tensor,
+    split: int,
+    out: Tensor,
+    bits: int,
+    k: int,
+    zero_point: Tensor,
+    zero_point2: Tensor | None,
+) -> Launch:
+    n, k_out = out.shape
+    return Launch(
+        kernel=repack_kernel,
+        grid=(n, triton.cdiv(k_out, BLOCK)),
+        args={
+            "packed": packed, "order": order, "zero_point": zero_point,
+            "zero_point2": zero_point2, "out": out, "K": k, "K_OUT": k_out, "split": split,
+            "size": packed.numel(),
+        },
+        constants={"BITS": bits, "BLOCK": BLOCK},
+        num_warps=4,
+        num_stages=1,
+    )  # fmt: skip
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -120,6 +173,42 @@ def unpack_why_not(packed: Tensor, bits: int, shape: Sequence[int]) -> str | Non
     return None
 
 
+def repack(
+    packed: Tensor,
+    bits: int,
+    k: int,
+    zero_point: Tensor,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """`formats.repack` on the device, for codes that `formats.check_centered` has passed."""
+    n = zero_point.shape[0]
+    natural, real, split = k_order(columns, k)
+    if natural is None or real is None:
+        order = torch.arange(k, device=packed.device)
+    else:
+        order = torch.where(real, natural, -1).to(packed.device)
+    out = torch.empty((n, len(order)), dtype=torch.int8, device=packed.device)
+    if out.numel():
+        second = None if zero_point2 is None else zero_point2.contiguous()
+        _plan_repack(
+            packed.contiguous(), order, split, out, bits, k, zero_point.contiguous(), second
+        ).run()
+    return out
+
+
+def repack_why_not(
+    packed: Tensor,
+    bits: int,
+    k: int,
+    zero_point: Tensor,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> str | None:
+    """Why the kernel cannot run these arguments, or None: it takes all."""
+    return None
+
+
 def static_cases(arch: int) -> Iterator[StaticCase]:
     """Widths with and without codes that cross bytes."""
     for bits in (3, 4):
@@ -127,3 +216,8 @@ def static_cases(arch: int) -> Iterator[StaticCase]:
         packed = torch.empty(packed_size(768 * 768, bits), dtype=torch.uint8, device="meta")
         yield StaticCase(f"pack {bits} bits", _plan_pack(codes, packed, bits))
         yield StaticCase(f"unpack {bits} bits", _plan_unpack(packed, codes, bits))
+        zero = torch.empty(768, dtype=torch.int32, device="meta")
+        order = torch.empty(768 + 32, dtype=torch.int64, device="meta")
+        out = torch.empty((768, 768 + 32), dtype=torch.int8, device="meta")
+        launch = _plan_repack(packed, order, 32, out, bits, 768, zero, zero)
+        yield StaticCase(f"repack {bits} bits", launch)

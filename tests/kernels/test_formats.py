@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from erq_kernels.formats import (
     K_ALIGN,
+    center,
     code_offset,
     gemm_operands,
     k_order,
@@ -115,10 +116,11 @@ def test_order_without_outliers_only_pads() -> None:
 
 def test_operands_by_hand() -> None:
     codes = torch.tensor([[0, 15, 7, 3], [1, 2, 3, 4]], dtype=torch.uint8)
+    zero_point = torch.tensor([7, -1], dtype=torch.int32)
     plain = gemm_operands(
-        codes,
+        center(codes, 4, zero_point),
+        4,
         torch.tensor([0.5, 2.0]),
-        torch.tensor([7, -1], dtype=torch.int32),
         torch.tensor([1.0, -1.0]),
         torch.tensor(0.25),
         torch.tensor(3, dtype=torch.int32),
@@ -133,17 +135,17 @@ def test_operands_by_hand() -> None:
     # bias − z_x · s_x · s_w · Σ_k w'
     assert plain.bias.tolist() == [1 + 3 * 0.125 * 3, -1 - 3 * 0.5 * 14]
 
+    columns = torch.tensor([2])
     dual = gemm_operands(
-        codes,
+        center(codes, 4, zero_point, torch.tensor([1, 2], dtype=torch.int32), columns),
+        4,
         torch.tensor([0.5, 2.0]),
-        torch.tensor([7, -1], dtype=torch.int32),
         None,
         torch.tensor(0.25),
         torch.tensor(130, dtype=torch.int32),
         8,
         torch.tensor([4.0, 8.0]),
-        torch.tensor([1, 2], dtype=torch.int32),
-        torch.tensor([2]),
+        columns,
     )
     first, second = dual.weight[:, : dual.split], dual.weight[:, dual.split :]
     assert first[:, :1].tolist() == [[6], [1]]
@@ -157,16 +159,18 @@ def test_operands_by_hand() -> None:
     assert dual.bias.tolist() == [-2 * (6 - 3 * 0.125), -2 * (2 + 10 * 0.5)]
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_zero_points_far_off_are_fine_as_long_as_the_codes_allow(bits: int) -> None:
+    codes = torch.tensor([[0, 1], [2**bits - 2, 2**bits - 1]], dtype=torch.uint8)
+    zero_point = torch.tensor([-126, 2**bits + 126], dtype=torch.int32)
+    assert center(codes, bits, zero_point)[:, :2].tolist() == [[126, 127], [-128, -127]]
+    zero_point[1] += 1
+    with pytest.raises(ValueError, match=r"^zero_point: .* must fit int8 .*, got -129\.\.127"):
+        center(codes, bits, zero_point)
+
+
 @pytest.mark.parametrize("zero_point", [-113, 129])
 def test_operands_refuse_what_int8_cannot_hold(zero_point: int) -> None:
     codes = torch.tensor([[0, 15]], dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"must fit int8 \(−128\.\.127\), got"):
-        gemm_operands(
-            codes,
-            torch.ones(1),
-            torch.tensor([zero_point], dtype=torch.int32),
-            None,
-            torch.tensor(1.0),
-            torch.tensor(0, dtype=torch.int32),
-            4,
-        )
+        center(codes, 4, torch.tensor([zero_point], dtype=torch.int32))

@@ -123,6 +123,17 @@ def unpack_args() -> dict[str, Any]:
     return {"packed": formats.pack(torch.randint(0, 32, (3, 7)), 5), "bits": 5, "shape": (3, 7)}
 
 
+def repack_args() -> dict[str, Any]:
+    return {
+        "packed": formats.pack(torch.randint(0, 8, (N, K)), 3),
+        "bits": 3,
+        "k": K,
+        "zero_point": integers(N),
+        "zero_point2": integers(N),
+        "columns": torch.tensor([0, 3, 11]),
+    }
+
+
 MAKE: dict[str, Callable[[], dict[str, Any]]] = {
     "quantize": quantize_args,
     "layer_norm_quantize": layer_norm_args,
@@ -131,6 +142,7 @@ MAKE: dict[str, Callable[[], dict[str, Any]]] = {
     "dequant_linear": dequant_linear_args,
     "pack": pack_args,
     "unpack": unpack_args,
+    "repack": repack_args,
 }
 DEFINITION: dict[str, Callable[..., Tensor]] = {
     name: getattr(reference, name, None) or getattr(formats, name) for name in MAKE
@@ -195,6 +207,14 @@ GOOD: dict[str, dict[str, dict[str, Any]]] = {
     "unpack": {
         "nothing": {"packed": torch.empty(0, dtype=torch.uint8), "shape": (0, 3)},
         "a number": {"packed": torch.ones(1, dtype=torch.uint8), "shape": ()},
+    },
+    "repack": {
+        "one segment": {"zero_point2": None, "columns": None},
+        "no rows": {
+            "packed": torch.empty(0, dtype=torch.uint8),
+            "zero_point": integers(0),
+            "zero_point2": integers(0),
+        },
     },
 }
 CASES = [(op, name) for op in MAKE for name in ("as made", *GOOD[op])]
@@ -354,6 +374,17 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"shape": (-3, -7)}, r"shape must be sizes >= 0, got \[-3, -7\]"),
         ({"packed": torch.zeros(14, dtype=I8)}, r"got 14 of torch\.int8"),
     ],
+    "repack": [
+        ({"bits": 1}, "bits must be from 2 to 8, got 1"),
+        ({"k": K + 1}, r"packed must hold 7×13 codes of 3 bits in 35 bytes, got 32"),
+        ({"zero_point": torch.zeros(N)}, r"zero_point must be torch\.int32 \[7\]"),
+        ({"zero_point2": None}, "zero_point2 and columns come together"),
+        ({"columns": None}, "zero_point2 and columns come together"),
+        ({"columns": torch.arange(K)}, r"columns must name 1\.\.11 of 12 columns"),
+        ({"columns": torch.tensor([3, 1])}, r"columns must be sorted, distinct and inside 0\.\.11"),
+        ({"columns": torch.tensor([1, 12])}, r"columns must be sorted, distinct and inside"),
+        ({"zero_point": torch.full((N,), 200).int()}, r"zero_point: weight code − zero_point must"),
+    ],
 }
 REFUSALS = [(op, change, text) for op, rows in BAD.items() for change, text in rows]
 
@@ -371,7 +402,6 @@ def test_bad_argument_is_one_value_error(op: str, change: dict[str, Any], text: 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("op", [op for op in MAKE if op not in ("pack", "unpack")])
 def test_tensors_of_one_call_live_on_one_device(op: str) -> None:
     args = MAKE[op]()

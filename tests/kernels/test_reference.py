@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from erq.quant import AffineParams, DualAffineParams, LogParams, WeightParams, dequantize, quantize
 from erq_kernels import reference
-from erq_kernels.formats import GemmOperands, code_offset, gemm_operands, pack
+from erq_kernels.formats import GemmOperands, center, code_offset, gemm_operands, pack
 
 Affine = Callable[..., AffineParams]
 
@@ -35,19 +35,21 @@ def stored(codes: Tensor, bits: int) -> Tensor:
 def operands_of(
     codes: Tensor, w: WeightParams, bias: Tensor | None, x: AffineParams
 ) -> GemmOperands:
-    if isinstance(w, AffineParams):
-        return gemm_operands(codes, w.scale, w.zero_point, bias, x.scale, x.zero_point, x.bits)
+    rest, outlier, columns = w, None, None
+    if isinstance(w, DualAffineParams):
+        rest, outlier, columns = w.rest, w.outlier, w.columns
+    second = None if outlier is None else outlier.zero_point
+    weight = center(codes, rest.bits, rest.zero_point, second, columns)
     return gemm_operands(
-        codes,
-        w.rest.scale,
-        w.rest.zero_point,
+        weight,
+        codes.shape[1],
+        rest.scale,
         bias,
         x.scale,
         x.zero_point,
         x.bits,
-        w.outlier.scale,
-        w.outlier.zero_point,
-        w.columns,
+        None if outlier is None else outlier.scale,
+        columns,
     )
 
 

@@ -56,3 +56,21 @@ def test_stream_of_another_length_is_refused(size: int, device: torch.device) ->
     packed = torch.zeros(size, dtype=torch.uint8, device=device)
     with pytest.raises(ValueError, match=rf"13 codes of 3 bits take 5 bytes .*got {size}"):
         ops.unpack(packed, 3, (13,), backend="triton")
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(
+    ("n", "k", "outliers"), [(3, 64, 0), (5, 37, 0), (4, 1300, 7), (1, 33, 32)]
+)
+def test_repacked_weights_equal_the_reference(
+    bits: int, n: int, k: int, outliers: int, device: torch.device, poison: None
+) -> None:
+    codes = random_codes(n * k, bits, device).reshape(n, k)
+    packed = formats.pack(codes, bits)
+    low, high = 2**bits - 128, 129  # zero points that any code bears
+    zero, second = torch.randint(low, high, (2, n), dtype=torch.int32).to(device)
+    columns = torch.randperm(k)[:outliers].sort().values.to(device)
+    dual = (second, columns) if outliers else (None, None)
+    got = ops.repack(packed, bits, k, zero, *dual, backend="triton")
+    assert torch.equal(got, formats.center(codes, bits, zero, *dual))
+    assert got.shape[1] == formats.repacked_columns(k, outliers)
