@@ -317,7 +317,7 @@ def allows_tma(x: Tensor, weight: Tensor, split: int) -> bool:
     )
 
 
-def _is_possible(config: GemmConfig, x: Tensor, weight: Tensor, split: int, arch: int) -> bool:
+def can_run(config: GemmConfig, x: Tensor, weight: Tensor, split: int, arch: int) -> bool:
     if config.kernel == "pointers":
         return True
     if config.kernel == "tma":
@@ -326,7 +326,7 @@ def _is_possible(config: GemmConfig, x: Tensor, weight: Tensor, split: int, arch
 
 
 @cache
-def _device(device: torch.device) -> tuple[int, str]:
+def describe_device(device: torch.device) -> tuple[int, str]:
     """Compute capability and name; those of the interpreter are of no device."""
     if INTERPRETED:
         return 80, "interpreter"
@@ -361,10 +361,10 @@ def qlinear(
         return out
     x, weight = _with_contiguous_columns(x), _with_contiguous_columns(weight)
     dual = scale2 is not None
-    arch, device = _device(x.device)
+    arch, device = describe_device(x.device)
     long = max(split, k - split, 1)
     config = configs.choose("qlinear", m, n, long, dual, arch, device)
-    if not _is_possible(config, x, weight, split, arch):
+    if not can_run(config, x, weight, split, arch):
         config = configs.heuristic(m, n, long, dual, arch)
     plan(
         x,
