@@ -49,7 +49,7 @@ _FIRST_STEP = 32
 
 
 @triton.jit
-def _locate_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def locate_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """First row and first column of this program's tile."""
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -105,7 +105,7 @@ def _split_columns(tile):
 
 
 @triton.jit
-def _finish(
+def finish(
     acc, acc2, row, col, out, scale, scale2, bias, layer_scale, residual, inv_scale, zero_point,
     M, N, stride_r, ACT: tl.constexpr, OUT_BITS: tl.constexpr, PER_COLUMN: tl.constexpr,
 ):  # fmt: skip
@@ -117,11 +117,11 @@ def _finish(
         right2 = None
         if acc2 is not None:
             left2, right2 = _split_columns(acc2)
-        _finish(
+        finish(
             left, left2, row, col, out, scale, scale2, bias, layer_scale, residual,
             inv_scale, zero_point, M, N, stride_r, ACT, OUT_BITS, PER_COLUMN,
         )  # fmt: skip
-        _finish(
+        finish(
             right, right2, row, col + half, out, scale, scale2, bias, layer_scale, residual,
             inv_scale, zero_point, M, N, stride_r, ACT, OUT_BITS, PER_COLUMN,
         )  # fmt: skip
@@ -165,7 +165,7 @@ def qlinear_kernel(
     OUT_BITS: tl.constexpr, PER_COLUMN: tl.constexpr,
 ):  # fmt: skip
     """Tiles through pointers. BLOCK_S is the first segment's step where there are two."""
-    row, col = _locate_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    row, col = locate_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     # Rows and columns over the edge repeat the last real one: in bounds without masks, never
     # stored.
     rows = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - row)
@@ -188,7 +188,7 @@ def qlinear_kernel(
         acc = _dot_segment(
             x, weight, rows, cols, split, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_S, DOTS
         )
-    _finish(
+    finish(
         acc, acc2, row, col, out, scale, scale2, bias, layer_scale, residual, inv_scale, zero_point,
         M, N, stride_r, ACT, OUT_BITS, PER_COLUMN,
     )  # fmt: skip
@@ -203,14 +203,14 @@ def qlinear_tma_kernel(
     GROUP_M: tl.constexpr, ACT: tl.constexpr, OUT_BITS: tl.constexpr, PER_COLUMN: tl.constexpr,
 ):  # fmt: skip
     """Tiles through tensor descriptors, a pair per segment: beyond their edges they read as 0."""
-    row, col = _locate_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    row, col = locate_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     if scale2 is None:
         acc = _dot_segment_tma(x, weight, row, col, K, BLOCK_M, BLOCK_N, BLOCK_K)
         acc2 = None
     else:
         acc2 = _dot_segment_tma(x2, weight2, row, col, K - split, BLOCK_M, BLOCK_N, BLOCK_K)
         acc = _dot_segment_tma(x, weight, row, col, split, BLOCK_M, BLOCK_N, BLOCK_S)
-    _finish(
+    finish(
         acc, acc2, row, col, out, scale, scale2, bias, layer_scale, residual, inv_scale, zero_point,
         M, N, stride_r, ACT, OUT_BITS, PER_COLUMN,
     )  # fmt: skip
