@@ -404,6 +404,7 @@ def main() -> int:
             parser.error(f"--arch {arch} is not known; choose from {known}")
     reports = []
     if not args.json:
+        print(f"Triton {triton.__version__}")
         print(format_row([title for title, _ in COLUMNS]))
     for arch in arches:
         for case in all_cases(arch, args.only):
