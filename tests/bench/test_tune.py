@@ -82,9 +82,17 @@ def test_a_table_is_written_and_gone_on_with(tmp_path: Path) -> None:
         (("--batches", "1,x"), "--batches takes numbers from 1"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments: tuple[str, ...], text: str) -> None:
-    result = run_script(*arguments)
-    assert result.returncode == 2 and text in result.stderr
+def test_wrong_arguments_are_refused(
+    tune: Any,
+    arguments: tuple[str, ...],
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune.py", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        tune.main()
+    assert exit.value.code == 2 and text in capsys.readouterr().err
 
 
 def test_the_problems_are_those_of_the_models(tune: Any) -> None:
