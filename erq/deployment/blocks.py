@@ -235,7 +235,8 @@ class QuantBlock(nn.Module):
                 elif op in ("sdpa", "gather"):
                     run.append((op, "torch"))
                 else:
-                    run.append((op, (attn.proj if i == 1 else mlp.fc2).kernel()))
+                    layer = attn.proj if i == 1 else mlp.fc2
+                    run.append((layer.gemm if op == "qlinear" else op, layer.kernel()))
         return run
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
