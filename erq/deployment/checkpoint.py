@@ -401,9 +401,12 @@ def _skeleton(info: QuantizedModelInfo, sites: Mapping[str, Any], tensors: int) 
     """
     adapter = adapter_named(info.family)
     # Every block has tensors: without this check a wrong depth would build for hours.
-    depth = info.arch_kwargs.get("depth", 0)
-    if depth > tensors:
-        raise ValueError(f"arch_kwargs: depth {depth} needs more than the {tensors} tensors given")
+    depths = info.arch_kwargs.get("depths", [info.arch_kwargs.get("depth", 0)])
+    if max(len(depths), *depths) > tensors:
+        raise ValueError(
+            f"arch_kwargs: depth {max(len(depths), *depths)} needs more than the {tensors} tensors "
+            "given"
+        )
     with torch.device("meta"):
         net = adapter.build(info.arch_kwargs)
         understood = adapter.describe(net)

@@ -615,12 +615,13 @@ class QuantAttention(Attention):
         """`source` with its matmuls on codes; the other submodules are shared."""
         return cls(
             source.num_heads, source.head_dim, source.qkv, source.q_norm, source.k_norm,
-            qk, av, source.norm, source.proj,
+            qk, av, source.norm, source.proj, source.windows,
         )  # fmt: skip
 
-    def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q kᵀ · temperature) v for float [B, H, T, D] each: [B, H, T, D]."""
-        return self.multiply(*self.quantize(q, k, v)).transpose(1, 2).to(q.dtype)
+    def core(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """softmax(q kᵀ · temperature + bias) v for float [B, H, T, D] each: [B, H, T, D]."""
+        y = self.multiply(*self.quantize(q, k, v), bias=bias)
+        return y.transpose(1, 2).to(q.dtype)
 
     def quantize(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """Codes of float q, k and v."""
@@ -646,7 +647,10 @@ class QuantAttention(Attention):
         for quantizer in self.quantizers():
             dispatch.select("quantize", backend, x, *quantizer)
         codes = x.to(torch.int8)
-        return dispatch.select("qattention", backend, codes, codes, codes, *self._factors())
+        # Whether a kernel takes a bias, one of the smallest size tells.
+        bias = None if self.windows is None else self.windows.bias[:1, :, :1, :1]
+        args = (codes, codes, codes, *self._factors(), bias)
+        return dispatch.select("qattention", backend, *args)
 
     def quantizers(self) -> tuple[tuple[Tensor, Tensor, int], ...]:
         """(1 / scale, zero point, bits) of q, k and v."""
