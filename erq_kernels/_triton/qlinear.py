@@ -237,7 +237,7 @@ def plan(
     Args:
         x, weight, residual: rows of any stride, columns contiguous.
         others: as `ops.qlinear`; vectors contiguous.
-        config: its `kernel` is "tma" or "gluon" only where `allows_tma`.
+        config: its `kernel` is "tma" or "gluon" only where `allows_tma` says so.
     """
     (m, k), n = x.shape, weight.shape[0]
     block_s = _FIRST_STEP * config.dots
@@ -366,6 +366,8 @@ def qlinear(
     config = configs.choose("qlinear", m, n, long, dual, arch, device)
     if not can_run(config, x, weight, split, arch):
         config = configs.heuristic(m, n, long, dual, arch)
+        if not can_run(config, x, weight, split, arch):  # operands that no descriptor can read
+            config = replace(config, kernel="pointers")
     plan(
         x,
         weight,
@@ -443,7 +445,9 @@ def static_cases(arch: int) -> Iterator[StaticCase]:
     for name, m, n, long, first, epilogue in _STATIC_SHAPES:
         default = configs.heuristic(m, n, long, first > 0, arch)
         variants = [(f"qlinear {name}", default)]
-        if arch >= 90 and name in _STATIC_OTHERS:
+        if default.kernel == "tma" and name in _STATIC_OTHERS:
+            variants.append((f"qlinear {name} pointers", replace(default, kernel="pointers")))
+        elif arch >= 90 and name in _STATIC_OTHERS:
             # Without a limit ptxas keeps to 168 for sm_120 under Triton 3.6, and spills.
             limit = 248 if arch == 120 else default.max_registers
             tma = replace(default, kernel="tma", dots=1, max_registers=limit)
