@@ -1,0 +1,23 @@
+// The kernels on the host: the sources of the CUDA library, compiled with ERQ_EMULATE, and what the
+// tests ask besides erq_cuda.h.
+#include "library.cu"
+#include "qlinear_s4.cu"
+#include "qlinear_s8.cu"
+
+extern "C" {
+
+// Run warps and lanes from the last to the first.
+void erq_emulation_reverse(int reversed) { erq::emulation::is_reversed = reversed != 0; }
+
+// Wavefronts that were needed without conflicts, then those above, since the last call: of ldmatrix,
+// cp.async, loads and stores; 8 numbers.
+void erq_emulation_statistics(long long *to) {
+  using namespace erq::emulation;
+  for (int i = 0; i < kAccesses; ++i) {
+    to[i] = statistics.wavefronts[i];
+    to[kAccesses + i] = statistics.conflicts[i];
+  }
+  statistics = Statistics();
+}
+
+}  // extern "C"

@@ -1,0 +1,317 @@
+// qlinear: integer GEMM over two K segments with its whole epilogue, 4-bit or 8-bit operands.
+//
+// Both widths are one kernel: mma.m16n8k64 on 4-bit values and mma.m16n8k32 on 8-bit ones read the
+// same bytes into the same registers, 32 bytes of K at a time. All of K is counted in bytes here.
+//
+// Grid: one block per output tile BM x BN, in columns of kGroup tiles of M, so that neighbours meet
+// in L2. A block: warps_m x warps_n warps of (BM / warps_m) x 32 outputs; a pipeline of kStages
+// tiles of 64 bytes of K, filled by cp.async; then, 16 rows of a warp at a time, the sums go through
+// shared memory so that a lane finishes 4 neighbouring columns and stores them at once.
+//
+// Shared memory: a tile row is four 16-byte pieces; piece c of row r lies at c ^ (r / 2 % 4). Eight
+// rows of one piece, which is what ldmatrix reads at a time, and the two whole rows that eight
+// cp.async write, then cover all 32 banks once. The sums' rows are 40 words apart: four rows of
+// eight words, one 8-byte store of half a warp, cover all banks, and a 16-byte load of eight lanes
+// is 32 words in a row.
+//
+// Offsets: 4-bit weights of a row are stored as weight - offset where the weights do not fit -8..7;
+// sum(x * (w + offset)) = sum(x * w) + offset * sum(x). The row sums of x come from one more mma by
+// ones per 16 rows, spread over the warps that share those rows. Everything is exact in int32.
+#pragma once
+
+#include "device.cuh"
+#include "epilogue.cuh"
+#include "erq_cuda.h"
+
+namespace erq {
+
+constexpr int kTileBytes = 64;  // of K in a pipeline stage
+constexpr int kStepBytes = 32;  // of K in an mma
+constexpr int kGroup = 8;
+constexpr int kWarpN = 32;
+constexpr int kSumStride = kWarpN + 8;  // words
+
+struct QlinearParams {
+  erq_cuda_qlinear_args a;
+  int tiles_m, tiles_n;
+  int k_bytes, split_bytes;
+  Alignment aligned;
+};
+
+template <bool FourBit_, int BM_, int BN_, int WarpsM_, int WarpsN_, int Stages_, int Blocks_,
+          bool Dual_, bool Offset_>
+struct Tile {
+  static constexpr bool kFourBit = FourBit_, kDual = Dual_, kOffset = Offset_;
+  static constexpr int kM = BM_, kN = BN_, kWarpsM = WarpsM_, kWarpsN = WarpsN_;
+  static constexpr int kStages = Stages_, kBlocks = Blocks_;
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kMmaM = kM / kWarpsM / 16, kMmaN = kWarpN / 8;
+  static constexpr int kSegments = kDual ? 2 : 1;
+  static constexpr int kStageBytes = (kM + kN) * kTileBytes;
+  static constexpr int kWarpSums = 16 * kSumStride;  // words, per segment
+  static constexpr int kSumBytes = kThreads / 32 * kSegments * kWarpSums * 4;
+  static constexpr int kEndBytes = kSumBytes + (kOffset ? kSegments * kM * 4 : 0);
+  static constexpr int kSharedBytes =
+      kStages * kStageBytes > kEndBytes ? kStages * kStageBytes : kEndBytes;
+  static_assert(kN == kWarpsN * kWarpN && kM == kWarpsM * kMmaM * 16, "warps cover the tile");
+  static_assert(kM % (kThreads / 4) == 0 && kN % (kThreads / 4) == 0, "whole rounds of copies");
+  static_assert(!kOffset || kMmaM <= kWarpsN, "a row sum for every 16 rows of a warp");
+};
+
+ERQ_DEVICE int swizzle(int row, int piece) {
+#if ERQ_FAULT == ERQ_FAULT_SWIZZLE
+  return row * kTileBytes + piece * 16;
+#else
+  return row * kTileBytes + ((piece ^ (row >> 1 & 3)) << 4);
+#endif
+}
+
+template <class T>
+struct QlinearBlock {
+  const QlinearParams &p;
+  char *memory;
+  int thread, lane, warp_m, warp_n;
+  int row0, col0;      // of the block's tile
+  int tiles1, tiles;   // pipeline tiles of the first segment, of both
+  int32_t acc[T::kSegments][T::kMmaM][T::kMmaN][4];
+  int32_t sums[T::kSegments][4];  // of x, of the 16 rows warp_n of this warp
+
+  ERQ_DEVICE explicit QlinearBlock(const QlinearParams &params) : p(params) {
+    memory = shared_memory();
+    thread = thread_index();
+    lane = thread % 32;
+    warp_m = thread / 32 / T::kWarpsN;
+    warp_n = thread / 32 % T::kWarpsN;
+    const int per_group = kGroup * p.tiles_n;
+    const int top = block_index() / per_group * kGroup;
+    const int height = p.tiles_m - top < kGroup ? p.tiles_m - top : kGroup;
+    const int within = block_index() % per_group;
+    row0 = (top + within % height) * T::kM;
+    col0 = within / height * T::kN;
+    tiles1 = (p.split_bytes + kTileBytes - 1) / kTileBytes;
+    tiles = tiles1 + (p.k_bytes - p.split_bytes + kTileBytes - 1) / kTileBytes;
+  }
+
+  // First byte of K of a pipeline tile, and where its segment ends.
+  ERQ_DEVICE int tile_begin(int tile) const {
+    return tile < tiles1 ? tile * kTileBytes : p.split_bytes + (tile - tiles1) * kTileBytes;
+  }
+  ERQ_DEVICE int tile_end(int tile) const { return tile < tiles1 ? p.split_bytes : p.k_bytes; }
+
+  template <int Rows>
+  ERQ_DEVICE void load_rows(char *to, const void *from, int64_t stride, int first, int count,
+                            int begin, int end) {
+    const int piece = thread % 4;
+    const bool inside = begin + piece * 16 < end;
+    ERQ_UNROLL
+    for (int row = thread / 4; row < Rows; row += T::kThreads / 4) {
+      const bool valid = inside && first + row < count;
+      const char *at = static_cast<const char *>(from);
+      if (valid) at += (first + row) * stride + begin + piece * 16;
+      cp_async_16(to + swizzle(row, piece), at, valid);
+    }
+  }
+
+  ERQ_DEVICE void load_tile(int tile) {
+    if (tile < tiles) {
+      char *to = memory + tile % T::kStages * T::kStageBytes;
+      const int begin = tile_begin(tile), end = tile_end(tile);
+      load_rows<T::kM>(to, p.a.x, p.a.x_stride, row0, p.a.m, begin, end);
+      load_rows<T::kN>(to + T::kM * kTileBytes, p.a.weight, p.a.weight_stride, col0, p.a.n, begin,
+                       end);
+    }
+    cp_async_commit();  // an empty group too: the waits count groups
+  }
+
+  static ERQ_DEVICE void multiply(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (T::kFourBit)
+      mma_u4_s4(d, a, b);
+    else
+      mma_s8_s8(d, a, b);
+  }
+
+  template <int Segment>
+  ERQ_DEVICE void multiply_tile(int tile) {
+    const char *a_tile = memory + tile % T::kStages * T::kStageBytes;
+    const char *b_tile = a_tile + T::kM * kTileBytes;
+    const int valid = tile_end(tile) - tile_begin(tile);
+    ERQ_UNROLL
+    for (int step = 0; step < kTileBytes / kStepBytes; ++step) {
+      if (step * kStepBytes >= valid) break;
+      uint32_t a[T::kMmaM][4];
+      ERQ_UNROLL
+      for (int i = 0; i < T::kMmaM; ++i) {
+        // Matrices: upper rows, lower rows of the first 16 bytes, then of the next 16.
+        const int row = (warp_m * T::kMmaM + i) * 16 + lane % 16;
+        ldmatrix_x4(a[i], a_tile + swizzle(row, step * 2 + lane / 16));
+#if ERQ_FAULT == ERQ_FAULT_FRAGMENT
+        const uint32_t other = a[i][1];
+        a[i][1] = a[i][2];
+        a[i][2] = other;
+#endif
+      }
+      ERQ_UNROLL
+      for (int j = 0; j < T::kMmaN; j += 2) {
+        // Matrices: both 16-byte pieces of 8 columns, then of the next 8.
+        uint32_t b[4];
+        const int column = warp_n * kWarpN + j * 8 + lane % 8 + lane / 16 * 8;
+        ldmatrix_x4(b, b_tile + swizzle(column, step * 2 + lane / 8 % 2));
+        const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+        ERQ_UNROLL
+        for (int i = 0; i < T::kMmaM; ++i) {
+          multiply(acc[Segment][i][j], a[i], left);
+          multiply(acc[Segment][i][j + 1], a[i], right);
+        }
+      }
+      if constexpr (T::kOffset) {
+        const uint32_t ones[2] = {0x11111111u, 0x11111111u};
+        ERQ_UNROLL
+        for (int i = 0; i < T::kMmaM; ++i)
+          if (i == warp_n) multiply(sums[Segment], a[i], ones);
+      }
+    }
+  }
+
+  template <int Segment>
+  ERQ_DEVICE void run_tiles(int first, int last) {
+    for (int tile = first; tile < last; ++tile) {
+      // This tile has landed, and everyone is done with the one whose place the next one takes.
+#if ERQ_FAULT == ERQ_FAULT_PIPELINE
+      cp_async_wait<T::kStages - 1>();
+#else
+      cp_async_wait<T::kStages - 2>();
+#endif
+#if ERQ_FAULT != ERQ_FAULT_BARRIER
+      barrier();
+#endif
+      load_tile(tile + T::kStages - 1);
+      multiply_tile<Segment>(tile);
+    }
+  }
+
+  ERQ_DEVICE void run() {
+    ERQ_UNROLL
+    for (int s = 0; s < T::kSegments; ++s) {
+      ERQ_UNROLL
+      for (int e = 0; e < 4; ++e) sums[s][e] = 0;
+      ERQ_UNROLL
+      for (int i = 0; i < T::kMmaM; ++i)
+        ERQ_UNROLL
+        for (int j = 0; j < T::kMmaN; ++j)
+          ERQ_UNROLL
+          for (int e = 0; e < 4; ++e) acc[s][i][j][e] = 0;
+    }
+    ERQ_UNROLL
+    for (int s = 0; s < T::kStages - 1; ++s) load_tile(s);
+    run_tiles<0>(0, tiles1);
+    if constexpr (T::kDual) run_tiles<1>(tiles1, tiles);
+    cp_async_wait<0>();
+    barrier();  // the tiles' memory is free
+    finish();
+  }
+
+  ERQ_DEVICE int32_t *row_sums(int segment) const {
+    return reinterpret_cast<int32_t *>(memory + T::kSumBytes) + segment * T::kM;
+  }
+
+  ERQ_DEVICE void store_row_sums() {
+    if (warp_n < T::kMmaM && lane % 4 == 0) {
+      const int row = (warp_m * T::kMmaM + warp_n) * 16 + lane / 4;
+      ERQ_UNROLL
+      for (int s = 0; s < T::kSegments; ++s) {
+        store_shared(row_sums(s) + row, sums[s][0]);
+        store_shared(row_sums(s) + row + 8, sums[s][2]);
+      }
+    }
+    barrier();
+  }
+
+  // Sums of 16 rows from the mma's registers into this warp's part of shared memory.
+  ERQ_DEVICE void spread(const int32_t (&tile)[T::kMmaN][4], int32_t *to) {
+    ERQ_UNROLL
+    for (int j = 0; j < T::kMmaN; ++j) {
+      int32_t *at = to + lane / 4 * kSumStride + j * 8 + lane % 4 * 2;
+      store_shared(reinterpret_cast<int2 *>(at), make_int2(tile[j][0], tile[j][1]));
+      store_shared(reinterpret_cast<int2 *>(at + 8 * kSumStride),
+                   make_int2(tile[j][2], tile[j][3]));
+    }
+  }
+
+  ERQ_DEVICE void finish() {
+    if constexpr (T::kOffset) store_row_sums();
+    int32_t *sum = reinterpret_cast<int32_t *>(memory) +
+                   thread / 32 * (T::kSegments * T::kWarpSums);
+    const int column = col0 + warp_n * kWarpN + lane % 8 * 4;
+    Columns<T::kDual, T::kOffset> columns;
+    columns.load(p.a, p.aligned, column);
+    ERQ_NO_UNROLL
+    for (int i = 0; i < T::kMmaM; ++i) {
+      warp_barrier();  // the rows before have been read
+      ERQ_UNROLL
+      for (int chosen = 0; chosen < T::kMmaM; ++chosen) {
+        if (chosen != i) continue;  // registers have no index at run time
+        ERQ_UNROLL
+        for (int s = 0; s < T::kSegments; ++s) spread(acc[s][chosen], sum + s * T::kWarpSums);
+      }
+      warp_barrier();
+      ERQ_NO_UNROLL
+      for (int r = lane / 8; r < 16; r += 4) {
+        const int row = (warp_m * T::kMmaM + i) * 16 + r;
+        const int32_t *at = sum + r * kSumStride + lane % 8 * 4;
+        int4 first = load_shared(reinterpret_cast<const int4 *>(at));
+        int4 second = make_int4(0, 0, 0, 0);
+        if constexpr (T::kDual)
+          second = load_shared(reinterpret_cast<const int4 *>(at + T::kWarpSums));
+        if constexpr (T::kOffset) {
+          columns.add_offset(first, load_shared(row_sums(0) + row), 0);
+          if constexpr (T::kDual) columns.add_offset(second, load_shared(row_sums(1) + row), 1);
+        }
+        if (row0 + row < p.a.m) finish_row(p.a, p.aligned, columns, row0 + row, column, first, second);
+      }
+    }
+  }
+};
+
+template <class T>
+ERQ_KERNEL(T::kThreads, T::kBlocks) qlinear_kernel(ERQ_PARAMS QlinearParams p) {
+  QlinearBlock<T>(p).run();
+}
+
+struct TileSize {
+  int m, n;
+};
+
+// Largest first.
+constexpr TileSize kTiles[] = {{128, 128}, {64, 128}, {64, 64}, {32, 64}};
+constexpr int kTileCount = 4;
+
+template <bool FourBit, bool Dual, bool Offset>
+const char *launch_tile(int tile, const QlinearParams &p, void *stream) {
+  const int grid = p.tiles_m * p.tiles_n;
+  switch (tile) {
+    case 0:
+      if constexpr (Dual) return "the 128x128 tile has no room for the sums of two segments";
+      else {
+        using T = Tile<FourBit, 128, 128, 2, 4, 3, 2, false, Offset>;
+        return launch(qlinear_kernel<T>, grid, 1, T::kThreads, T::kSharedBytes, stream, p);
+      }
+    case 1: {
+      using T = Tile<FourBit, 64, 128, 2, 4, 4, 2, Dual, Offset>;
+      return launch(qlinear_kernel<T>, grid, 1, T::kThreads, T::kSharedBytes, stream, p);
+    }
+    case 2: {
+      using T = Tile<FourBit, 64, 64, 2, 2, 4, 3, Dual, Offset>;
+      return launch(qlinear_kernel<T>, grid, 1, T::kThreads, T::kSharedBytes, stream, p);
+    }
+    default: {
+      using T = Tile<FourBit, 32, 64, 2, 2, 4, 4, Dual, Offset>;
+      return launch(qlinear_kernel<T>, grid, 1, T::kThreads, T::kSharedBytes, stream, p);
+    }
+  }
+}
+
+// Defined in qlinear_s4.cu and qlinear_s8.cu, which compile side by side.
+const char *launch_s4(int tile, const QlinearParams &p, void *stream);
+const char *launch_s8(int tile, const QlinearParams &p, void *stream);
+
+}  // namespace erq
