@@ -318,7 +318,7 @@ struct DequantBlock {
 };
 
 template <int Bits, class X, int Tiles>
-ERQ_KERNEL(kDequantThreads, 1) dequant_linear_kernel(ERQ_PARAMS DequantParams p) {
+ERQ_KERNEL(kDequantThreads, Tiles == 1 ? 3 : 2) dequant_linear_kernel(ERQ_PARAMS DequantParams p) {
   DequantBlock<Bits, X, Tiles>(p).run();
 }
 

@@ -132,6 +132,15 @@ ERQ_DEVICE uint32_t funnel_shift(uint32_t low, uint32_t high, uint32_t shift) {
   return __funnelshift_r(low, high, shift);
 }
 
+// chosen ? a : b. In PTX: of a chain of ?: over registers the compiler makes an array in memory.
+ERQ_DEVICE uint32_t select(bool chosen, uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("{ .reg .pred p; setp.ne.u32 p, %3, 0; selp.b32 %0, %1, %2, p; }"
+      : "=r"(result)
+      : "r"(a), "r"(b), "r"(static_cast<uint32_t>(chosen)));
+  return result;
+}
+
 inline const char *begin_call(int device) {
   const cudaError_t error = cudaSetDevice(device);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -567,8 +567,8 @@ inline uint16_t float_to_half(float x) {
   if (x != x) return 0x7FFF;
   if (magnitude >= 65520.0f) return static_cast<uint16_t>(sign | 0x7C00);
   int exponent;
-  frexpf(magnitude, &exponent);  // magnitude in [2^(exponent - 1), 2^exponent)
-  const int unit = exponent - 11 < -24 ? -24 : exponent - 11;
+  frexpf(magnitude, &exponent);  // magnitude in [2^(exponent - 1), 2^exponent), or 0
+  const int unit = magnitude == 0.0f || exponent < -13 ? -24 : exponent - 11;
   const uint32_t whole = static_cast<uint32_t>(rintf(ldexpf(magnitude, -unit)));
   // A carry out of the fraction goes into the exponent field, as it should.
   const uint32_t field = unit == -24 ? whole : ((static_cast<uint32_t>(unit + 25) << 10) + whole - 1024);
@@ -636,6 +636,8 @@ inline uint32_t subtract_half2(uint32_t a, uint32_t b) {
 inline uint32_t funnel_shift(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> shift);
 }
+
+inline uint32_t select(bool chosen, uint32_t a, uint32_t b) { return chosen ? a : b; }
 
 inline const char *begin_call(int) { return nullptr; }
 

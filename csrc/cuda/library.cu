@@ -24,6 +24,9 @@ int64_t type_bytes(int type) { return type == ERQ_F32 ? 4 : type == ERQ_CODES8 ?
 // The bits that mark outliers fill 96 KB of shared memory.
 constexpr int kMostColumns = 96 * 1024 * 8;
 
+// Offsets within a tile of 128 rows fit 32 bits.
+constexpr int64_t kLongestRow = 1 << 24;
+
 int ceil_div(int a, int b) { return static_cast<int>((static_cast<int64_t>(a) + b - 1) / b); }
 
 // The largest tile that leaves no multiprocessor idle, else the smallest.
@@ -44,6 +47,9 @@ const char *check(const erq_cuda_qlinear_args &a) {
     return "k and split must be whole 16-byte pieces of a row";
   if (!is_aligned(a.x, 16) || !is_aligned(a.weight, 16) || a.x_stride % 16 || a.weight_stride % 16)
     return "rows of x and weight must begin at multiples of 16 bytes";
+  if (a.x_stride < 0 || a.x_stride > kLongestRow || a.weight_stride < 0 ||
+      a.weight_stride > kLongestRow)
+    return "rows of x and weight must be at most 16 MB apart";
   if (a.scale2 ? a.split == 0 || a.split == a.k : a.split != a.k)
     return "a second scale goes with a second segment";
   if (a.offset && a.operands != ERQ_U4_S4) return "only 4-bit weights have offsets";

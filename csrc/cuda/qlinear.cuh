@@ -3,20 +3,20 @@
 // Both widths are one kernel: mma.m16n8k64 on 4-bit values and mma.m16n8k32 on 8-bit ones read the
 // same bytes into the same registers, 32 bytes of K at a time. All of K is counted in bytes here.
 //
-// Grid: one block per output tile BM x BN, in columns of kGroup tiles of M, so that neighbours meet
-// in L2. A block: warps_m x warps_n warps of (BM / warps_m) x 32 outputs; a pipeline of kStages
-// tiles of 64 bytes of K, filled by cp.async; then, 16 rows of a warp at a time, the sums go through
-// shared memory so that a lane finishes 4 neighbouring columns and stores them at once.
+// Grid: one block per output tile kM x kN, in columns of kGroup tiles of M, so that neighbours meet
+// in L2. A block: kWarpsM x kWarpsN warps that share the tile; a pipeline of kStages tiles of 64
+// bytes of K, filled by cp.async; then, 16 rows of a warp at a time, the sums go through shared
+// memory so that a lane finishes 4 neighbouring columns and stores them at once.
 //
 // Shared memory: a tile row is four 16-byte pieces; piece c of row r lies at c ^ (r / 2 % 4). Eight
 // rows of one piece, which is what ldmatrix reads at a time, and the two whole rows that eight
-// cp.async write, then cover all 32 banks once. The sums' rows are 40 words apart: four rows of
-// eight words, one 8-byte store of half a warp, cover all banks, and a 16-byte load of eight lanes
-// is 32 words in a row.
+// cp.async write, then cover all 32 banks once. The sums' rows are 8 words more than a multiple of 32
+// apart: four rows of eight words, one 8-byte store of half a warp, cover all banks, and a 16-byte
+// load of eight lanes is 32 words in a row.
 //
 // Offsets: 4-bit weights of a row are stored as weight - offset where the weights do not fit -8..7;
 // sum(x * (w + offset)) = sum(x * w) + offset * sum(x). The row sums of x come from one more mma by
-// ones per 16 rows, spread over the warps that share those rows. Everything is exact in int32.
+// ones per 16 rows, shared among the warps that have those rows. Everything is exact in int32.
 #pragma once
 
 #include "device.cuh"
@@ -28,9 +28,6 @@ namespace erq {
 constexpr int kTileBytes = 64;  // of K in a pipeline stage
 constexpr int kStepBytes = 32;  // of K in an mma
 constexpr int kGroup = 8;
-constexpr int kWarpN = 32;
-constexpr int kSumStride = kWarpN + 8;  // words
-
 struct QlinearParams {
   erq_cuda_qlinear_args a;
   int tiles_m, tiles_n;
@@ -45,17 +42,23 @@ struct Tile {
   static constexpr int kM = BM_, kN = BN_, kWarpsM = WarpsM_, kWarpsN = WarpsN_;
   static constexpr int kStages = Stages_, kBlocks = Blocks_;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kWarpN = kN / kWarpsN;
   static constexpr int kMmaM = kM / kWarpsM / 16, kMmaN = kWarpN / 8;
   static constexpr int kSegments = kDual ? 2 : 1;
   static constexpr int kStageBytes = (kM + kN) * kTileBytes;
+  static constexpr int kSumStride = kWarpN + 8;      // words
   static constexpr int kWarpSums = 16 * kSumStride;  // words, per segment
+  static constexpr int kRowLanes = kWarpN / 4;       // that finish a row of a warp
+  // Of its 16-row parts, those whose sums of x a warp takes.
+  static constexpr int kSumParts = (kMmaM + kWarpsN - 1) / kWarpsN;
   static constexpr int kSumBytes = kThreads / 32 * kSegments * kWarpSums * 4;
   static constexpr int kEndBytes = kSumBytes + (kOffset ? kSegments * kM * 4 : 0);
   static constexpr int kSharedBytes =
       kStages * kStageBytes > kEndBytes ? kStages * kStageBytes : kEndBytes;
-  static_assert(kN == kWarpsN * kWarpN && kM == kWarpsM * kMmaM * 16, "warps cover the tile");
+  static_assert(kN == kWarpsN * kMmaN * 8 && kM == kWarpsM * kMmaM * 16, "warps cover the tile");
+  static_assert(kMmaN % 2 == 0 && 32 % kRowLanes == 0, "whole ldmatrix, whole rows");
   static_assert(kM % (kThreads / 4) == 0 && kN % (kThreads / 4) == 0, "whole rounds of copies");
-  static_assert(!kOffset || kMmaM <= kWarpsN, "a row sum for every 16 rows of a warp");
+  static_assert(kMmaM % kSumParts == 0, "a warp takes all of its row sums or none");
 };
 
 ERQ_DEVICE int swizzle(int row, int piece) {
@@ -74,7 +77,7 @@ struct QlinearBlock {
   int row0, col0;      // of the block's tile
   int tiles1, tiles;   // pipeline tiles of the first segment, of both
   int32_t acc[T::kSegments][T::kMmaM][T::kMmaN][4];
-  int32_t sums[T::kSegments][4];  // of x, of the 16 rows warp_n of this warp
+  int32_t sums[T::kSegments][T::kSumParts][4];  // of x, over parts kSumParts * warp_n + 0, 1, ...
 
   ERQ_DEVICE explicit QlinearBlock(const QlinearParams &params) : p(params) {
     memory = shared_memory();
@@ -103,12 +106,15 @@ struct QlinearBlock {
                             int begin, int end) {
     const int piece = thread % 4;
     const bool inside = begin + piece * 16 < end;
+    // The tile's place is the same for the whole block; a thread's offset in it fits 32 bits.
+    const char *base = static_cast<const char *>(from) + first * stride + begin;
+    const uint32_t step = static_cast<uint32_t>(stride) * (T::kThreads / 4);
+    uint32_t offset = static_cast<uint32_t>(stride) * (thread / 4) + piece * 16;
     ERQ_UNROLL
-    for (int row = thread / 4; row < Rows; row += T::kThreads / 4) {
+    for (int row = thread / 4; row < Rows; row += T::kThreads / 4, offset += step) {
       const bool valid = inside && first + row < count;
-      const char *at = static_cast<const char *>(from);
-      if (valid) at += (first + row) * stride + begin + piece * 16;
-      cp_async_16(to + swizzle(row, piece), at, valid);
+      cp_async_16(to + swizzle(row, piece), valid ? base + offset : static_cast<const char *>(from),
+                  valid);
     }
   }
 
@@ -129,6 +135,8 @@ struct QlinearBlock {
     else
       mma_s8_s8(d, a, b);
   }
+
+  ERQ_DEVICE bool takes_row_sums() const { return warp_n * T::kSumParts < T::kMmaM; }
 
   template <int Segment>
   ERQ_DEVICE void multiply_tile(int tile) {
@@ -154,7 +162,7 @@ struct QlinearBlock {
       for (int j = 0; j < T::kMmaN; j += 2) {
         // Matrices: both 16-byte pieces of 8 columns, then of the next 8.
         uint32_t b[4];
-        const int column = warp_n * kWarpN + j * 8 + lane % 8 + lane / 16 * 8;
+        const int column = warp_n * T::kWarpN + j * 8 + lane % 8 + lane / 16 * 8;
         ldmatrix_x4(b, b_tile + swizzle(column, step * 2 + lane / 8 % 2));
         const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
         ERQ_UNROLL
@@ -165,9 +173,20 @@ struct QlinearBlock {
       }
       if constexpr (T::kOffset) {
         const uint32_t ones[2] = {0x11111111u, 0x11111111u};
-        ERQ_UNROLL
-        for (int i = 0; i < T::kMmaM; ++i)
-          if (i == warp_n) multiply(sums[Segment], a[i], ones);
+        if (takes_row_sums()) {
+          ERQ_UNROLL
+          for (int part = 0; part < T::kSumParts; ++part) {
+            uint32_t mine[4];
+            ERQ_UNROLL
+            for (int e = 0; e < 4; ++e) {
+              mine[e] = a[part][e];
+              ERQ_UNROLL
+              for (int i = part + T::kSumParts; i < T::kMmaM; i += T::kSumParts)
+                mine[e] = select(i == T::kSumParts * warp_n + part, a[i][e], mine[e]);
+            }
+            multiply(sums[Segment][part], mine, ones);
+          }
+        }
       }
     }
   }
@@ -193,7 +212,9 @@ struct QlinearBlock {
     ERQ_UNROLL
     for (int s = 0; s < T::kSegments; ++s) {
       ERQ_UNROLL
-      for (int e = 0; e < 4; ++e) sums[s][e] = 0;
+      for (int part = 0; part < T::kSumParts; ++part)
+        ERQ_UNROLL
+        for (int e = 0; e < 4; ++e) sums[s][part][e] = 0;
       ERQ_UNROLL
       for (int i = 0; i < T::kMmaM; ++i)
         ERQ_UNROLL
@@ -215,12 +236,15 @@ struct QlinearBlock {
   }
 
   ERQ_DEVICE void store_row_sums() {
-    if (warp_n < T::kMmaM && lane % 4 == 0) {
-      const int row = (warp_m * T::kMmaM + warp_n) * 16 + lane / 4;
+    if (takes_row_sums() && lane % 4 == 0) {
       ERQ_UNROLL
-      for (int s = 0; s < T::kSegments; ++s) {
-        store_shared(row_sums(s) + row, sums[s][0]);
-        store_shared(row_sums(s) + row + 8, sums[s][2]);
+      for (int part = 0; part < T::kSumParts; ++part) {
+        const int row = (warp_m * T::kMmaM + warp_n * T::kSumParts + part) * 16 + lane / 4;
+        ERQ_UNROLL
+        for (int s = 0; s < T::kSegments; ++s) {
+          store_shared(row_sums(s) + row, sums[s][part][0]);
+          store_shared(row_sums(s) + row + 8, sums[s][part][2]);
+        }
       }
     }
     barrier();
@@ -230,9 +254,9 @@ struct QlinearBlock {
   ERQ_DEVICE void spread(const int32_t (&tile)[T::kMmaN][4], int32_t *to) {
     ERQ_UNROLL
     for (int j = 0; j < T::kMmaN; ++j) {
-      int32_t *at = to + lane / 4 * kSumStride + j * 8 + lane % 4 * 2;
+      int32_t *at = to + lane / 4 * T::kSumStride + j * 8 + lane % 4 * 2;
       store_shared(reinterpret_cast<int2 *>(at), make_int2(tile[j][0], tile[j][1]));
-      store_shared(reinterpret_cast<int2 *>(at + 8 * kSumStride),
+      store_shared(reinterpret_cast<int2 *>(at + 8 * T::kSumStride),
                    make_int2(tile[j][2], tile[j][3]));
     }
   }
@@ -241,9 +265,7 @@ struct QlinearBlock {
     if constexpr (T::kOffset) store_row_sums();
     int32_t *sum = reinterpret_cast<int32_t *>(memory) +
                    thread / 32 * (T::kSegments * T::kWarpSums);
-    const int column = col0 + warp_n * kWarpN + lane % 8 * 4;
-    Columns<T::kDual, T::kOffset> columns;
-    columns.load(p.a, p.aligned, column);
+    const int column = col0 + warp_n * T::kWarpN + lane % T::kRowLanes * 4;
     ERQ_NO_UNROLL
     for (int i = 0; i < T::kMmaM; ++i) {
       warp_barrier();  // the rows before have been read
@@ -254,10 +276,13 @@ struct QlinearBlock {
         for (int s = 0; s < T::kSegments; ++s) spread(acc[s][chosen], sum + s * T::kWarpSums);
       }
       warp_barrier();
+      // Read again for every 16 rows: the registers are needed by the sums that wait.
+      Columns<T::kDual, T::kOffset> columns;
+      columns.load(p.a, p.aligned, column);
       ERQ_NO_UNROLL
-      for (int r = lane / 8; r < 16; r += 4) {
+      for (int r = lane / T::kRowLanes; r < 16; r += 32 / T::kRowLanes) {
         const int row = (warp_m * T::kMmaM + i) * 16 + r;
-        const int32_t *at = sum + r * kSumStride + lane % 8 * 4;
+        const int32_t *at = sum + r * T::kSumStride + lane % T::kRowLanes * 4;
         int4 first = load_shared(reinterpret_cast<const int4 *>(at));
         int4 second = make_int4(0, 0, 0, 0);
         if constexpr (T::kDual)
@@ -266,7 +291,8 @@ struct QlinearBlock {
           columns.add_offset(first, load_shared(row_sums(0) + row), 0);
           if constexpr (T::kDual) columns.add_offset(second, load_shared(row_sums(1) + row), 1);
         }
-        if (row0 + row < p.a.m) finish_row(p.a, p.aligned, columns, row0 + row, column, first, second);
+        if (row0 + row < p.a.m)
+          finish_row(p.a, p.aligned, columns, row0 + row, column, first, second);
       }
     }
   }
@@ -292,11 +318,11 @@ const char *launch_tile(int tile, const QlinearParams &p, void *stream) {
     case 0:
       if constexpr (Dual) return "the 128x128 tile has no room for the sums of two segments";
       else {
-        using T = Tile<FourBit, 128, 128, 2, 4, 3, 2, false, Offset>;
+        using T = Tile<FourBit, 128, 128, 2, 2, 3, 2, false, Offset>;
         return launch(qlinear_kernel<T>, grid, 1, T::kThreads, T::kSharedBytes, stream, p);
       }
     case 1: {
-      using T = Tile<FourBit, 64, 128, 2, 4, 4, 2, Dual, Offset>;
+      using T = Tile<FourBit, 64, 128, 2, 2, 4, 2, Dual, Offset>;
       return launch(qlinear_kernel<T>, grid, 1, T::kThreads, T::kSharedBytes, stream, p);
     }
     case 2: {
