@@ -75,6 +75,22 @@ def real_task(folder: Path = REAL) -> Task:
     )
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Times of one way to do something, in ms: median, and the quarters below and above it."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, times: list[float]) -> Spread:
+        """The spread of measured times."""
+        low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
+        return cls(float(median), float(low), float(high), len(times))
+
+
 def device_name() -> str:
     """A short name of the machine's processor or GPU, fit for a folder."""
     if torch.cuda.is_available():

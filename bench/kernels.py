@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import ResultFile
+from cases import ResultFile, Spread
 from exactness import codes, quantizer
-from interleaved import Spread, interleave
 from shapes import MODELS, Kernel, model_kernels
 
+from erq.timing import interleave
 from erq_kernels import dispatch, formats, ops
 
 Calls = dict[str, Callable[[], object]]
@@ -186,7 +186,8 @@ def main() -> None:
             if args.only not in name:
                 continue
             ours, theirs = make()
-            measured = interleave(theirs | ours, device, args.seconds, cold=True)
+            times = interleave(theirs | ours, device, args.seconds, cold=True)
+            measured = {way: Spread.of(ms) for way, ms in times.items()}
             base_name = next(iter(theirs))
             base = measured[base_name].median
             for way, spread in measured.items():

@@ -18,13 +18,13 @@ from typing import Any
 
 import timm
 import torch
-from cases import ResultFile
-from interleaved import interleave
+from cases import ResultFile, Spread
 from torch import Tensor, nn
 
 import erq
 from erq.deployment.network import set_backend
 from erq.engines import EngineError, start
+from erq.timing import interleave
 from erq_kernels import dispatch
 
 GPU_ENGINES = "compile-bf16,torch-bf16,torchao-bf16"
@@ -111,7 +111,8 @@ def main() -> None:
             x = torch.randn(batch, *shape, device=device)
             with torch.inference_mode():
                 calls = theirs(model, x, engines) | ours(net, x, backends)
-                measured = interleave(calls, device, args.seconds)
+                times = interleave(calls, device, args.seconds)
+            measured = {engine: Spread.of(ms) for engine, ms in times.items()}
             base = next(iter(measured))
             for engine, spread in measured.items():
                 rate, ratio = 1000 * batch / spread.median, measured[base].median / spread.median

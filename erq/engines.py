@@ -49,7 +49,7 @@ def onnxruntime_int8(model: nn.Module, x: Tensor) -> Run:
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.left = iter([{"x": x[i : i + 1].numpy()} for i in range(len(x))])
+            self.left = iter([{"x": x.numpy()}])
 
         def get_next(self) -> Any:
             return next(self.left, None)
@@ -59,6 +59,7 @@ def onnxruntime_int8(model: nn.Module, x: Tensor) -> Run:
         torch.onnx.export(
             copy.deepcopy(model), (x,), source, input_names=["x"], opset_version=17, dynamo=False
         )
+        quantization.shape_inference.quant_pre_process(source, source)
         quantization.quantize_static(
             source, target, Reader(), per_channel=True, quant_format=quantization.QuantFormat.QDQ
         )
@@ -117,6 +118,21 @@ ENGINES: dict[str, Callable[[nn.Module, Tensor], Run]] = {
 }
 
 
+def check_engine(name: str) -> tuple[str, torch.dtype]:
+    """Engine and dtype that a name means.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    engine, _, dtype = name.partition("-")
+    if engine not in ENGINES or dtype not in ("", "bf16"):
+        raise ValueError(
+            f"unknown engine {name!r}; choose from {', '.join(ENGINES)}, with -bf16 behind it for "
+            "bfloat16"
+        )
+    return engine, torch.bfloat16 if dtype else torch.float32
+
+
 def start(name: str, model: nn.Module, x: Tensor) -> Run:
     """The call that runs `model` on the batch `x` by an engine, once run.
 
@@ -127,15 +143,10 @@ def start(name: str, model: nn.Module, x: Tensor) -> Run:
     Raises:
         ValueError: an unknown name. EngineError: it cannot run here, with the reason.
     """
-    engine, _, dtype = name.partition("-")
-    if engine not in ENGINES or dtype not in ("", "bf16"):
-        raise ValueError(
-            f"unknown engine {name!r}; choose from {', '.join(ENGINES)}, with -bf16 behind it for "
-            "bfloat16"
-        )
+    engine, dtype = check_engine(name)
     try:
         with torch.inference_mode():
-            run = ENGINES[engine](model, x.bfloat16() if dtype else x)
+            run = ENGINES[engine](model, x.to(dtype))
             run()
     except EngineError:
         raise
