@@ -220,6 +220,23 @@ def repack(
     return center(codes, bits, zero_point, zero_point2, columns)
 
 
+def order_packed(packed: Tensor, bits: int, n: int, k: int, columns: Tensor | None) -> Tensor:
+    """The packed layout that `qlinear_packed` reads: codes in the order of `k_order`, any at
+    padding.
+
+    Args:
+        packed: uint8 dense bit stream of codes [n, k]. columns: int64 [S] outliers, or None.
+
+    Returns:
+        uint8 [n, K' · bits / 8]; K' is a multiple of K_ALIGN, so a row is whole 32-bit words.
+    """
+    codes = unpack(packed, bits, (n, k))
+    order, _, _ = k_order(columns, k)
+    if order is not None:
+        codes = codes[:, order.to(codes.device)]
+    return pack(codes, bits).reshape(n, codes.shape[1] * bits // 8)
+
+
 def gemm_operands(
     weight: Tensor,
     k: int,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from erq_kernels.formats import code_offset, unpack
+from erq_kernels.formats import K_ALIGN, code_offset, unpack
 
 SQRT2 = 2.0**0.5
 # Largest magnitude up to which fp32 holds every integer.
@@ -139,6 +139,47 @@ def qlinear(
         return y.to(out_dtype)
     assert out_zero_point is not None
     return quantize(y, out_inv_scale, out_zero_point, out_bits)
+
+
+def qlinear_packed(
+    x: Tensor,
+    packed: Tensor,
+    w_bits: int,
+    k: int,
+    outliers: int,
+    w_zero_point: Tensor,
+    w_zero_point2: Tensor | None,
+    scale: Tensor,
+    scale2: Tensor | None,
+    bias: Tensor,
+    act: str = "none",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    out_inv_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_bits: int = 0,
+) -> Tensor:
+    """`qlinear` on a weight that stays packed, code − zero_point formed on the way.
+
+    Args:
+        x, scale, scale2, bias and what follows: as `qlinear`.
+        packed: uint8 [N, K' · w_bits / 8], rows of `formats.order_packed`.
+        k: input channels without padding. outliers: how many make the first segment, or 0.
+        w_zero_point: int32 [N] of the first segment. w_zero_point2: of the second, or None.
+    """
+    n, columns = packed.shape[0], x.shape[1]
+    codes = unpack(packed.reshape(-1), w_bits, (n, columns)).to(torch.int32)
+    split = -(-outliers // K_ALIGN) * K_ALIGN if outliers else columns
+    weight = codes - w_zero_point[:, None]
+    weight[:, outliers or k : split] = 0
+    if w_zero_point2 is not None:
+        weight[:, split:] = codes[:, split:] - w_zero_point2[:, None]
+        weight[:, split + k - outliers :] = 0
+    return qlinear(
+        x, weight.to(torch.int8), scale, scale2, split, bias, act, layer_scale, residual,
+        out_dtype, out_inv_scale, out_zero_point, out_bits,
+    )  # fmt: skip
 
 
 def _centered(codes: Tensor, zero_point: Tensor, bits: int) -> Tensor:

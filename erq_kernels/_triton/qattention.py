@@ -390,6 +390,8 @@ def _plan(
         },
         num_warps=block_m // 16,
         num_stages=1 if tail > 16 else 2,
+        # For sm_100, ptxas would otherwise aim at three programs a multiprocessor, and spill.
+        max_registers=248 if chunks > 2 else None,
     )  # fmt: skip
 
 
@@ -451,28 +453,32 @@ def qattention_why_not(
 
 
 def static_cases(arch: int) -> Iterator[StaticCase]:
-    """Attention of DeiT-S at 4 and 8 bits, of Swin, of long rows, and of heads of 80 and 96."""
+    """Attention of DeiT-S at 4 and 8 bits and with float probabilities, of Swin, of long rows, and
+    of heads of 80 and 96.
+    """
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     zero = empty(dtype=torch.int32)
-    for b, h, t, d, bits, has_bias in (
-        (256, 6, 197, 64, 4, False),
-        (256, 6, 197, 64, 8, False),
-        (4096, 3, 49, 32, 4, True),
-        (64, 6, 577, 64, 4, False),
-        (64, 16, 257, 80, 4, False),
-        (64, 8, 144, 96, 4, True),
+    # Small loads: a thread has 4 or 8 bytes of the tiles of dimensions 64…
+    for b, h, t, d, bits, has_bias, is_float, small_loads in (
+        (256, 6, 197, 64, 4, False, False, 0),
+        (256, 6, 197, 64, 8, False, False, 0),
+        (256, 6, 197, 64, 8, False, True, 0),
+        (4096, 3, 49, 32, 4, True, False, 0),
+        (64, 6, 577, 64, 4, False, False, 0),
+        (64, 6, 577, 64, 8, False, True, 0),
+        (64, 16, 257, 80, 4, False, False, 3),
+        (64, 8, 144, 96, 4, True, False, 3),
     ):
         q, k, v = empty(b, t, 3, h, d, dtype=torch.int8).permute(2, 0, 3, 1, 4)
         bias = empty(h, t, t) if has_bias else None
         out = empty(b, t, h, d, dtype=torch.int8).transpose(1, 2)
         launch = _plan(
-            q, k, v, out, zero, zero, zero, empty(), empty(), empty(), bits, bits, True, bias,
-            empty(), zero, bits,
+            q, k, v, out, zero, zero, zero, empty(), None if is_float else empty(), empty(), bits,
+            bits, True, bias, empty(), zero, bits,
         )  # fmt: skip
-        name = f"qattention {t}×{d} {bits} bits{' bias' if has_bias else ''}"
-        # A thread's share of the tile of dimensions 64… is 4 bytes, and rows of a bias are as
-        # aligned as its elements.
-        yield StaticCase(name, launch, load_bytes=4 if has_bias or d > 64 else 16)
+        name = f"qattention {t}×{d} {bits} bits"
+        name += (" bias" if has_bias else "") + (" float" if is_float else "")
+        yield StaticCase(name, launch, small_loads=small_loads)
