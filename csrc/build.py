@@ -71,6 +71,8 @@ COMPILERS = {
     "nvcc": ("NVCC", ("nvcc", "/usr/local/cuda/bin/nvcc"), "-MD -MF $out.d"),
 }
 
+CUDA_ARCHITECTURES = (80, 86, 89, 90)
+
 LIBRARIES = (
     Library(
         name="erq_cpu",
@@ -91,6 +93,33 @@ LIBRARIES = (
         },
         required_by="ERQ_BUILD_CPU",
         purpose="the cpu backend",
+    ),
+    Library(
+        name="erq_cuda",
+        sources=("cuda/*.cu",),
+        compiler="nvcc",
+        # As above, no contraction: -fmad=false. A static runtime serves any torch.
+        flags=(
+            "-std=c++17", "-O3", "-fmad=false", "-cudart", "static", "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+            # One pass of the front end for all of them.
+            f"-gencode arch=compute_80,code=[{','.join(f'sm_{a}' for a in CUDA_ARCHITECTURES)}]",
+        ),
+        required_by="ERQ_BUILD_CUDA",
+        purpose="the cuda backend",
+    ),
+    Library(
+        name="erq_cuda_emulated",
+        sources=("cuda/emulated_*.cpp",),
+        compiler="C++ compiler",
+        # The kernels read one buffer as several types, as device code may.
+        flags=(
+            "-std=c++17", "-O2", "-fPIC", "-DERQ_EMULATE", "-ffp-contract=off",
+            "-fno-strict-aliasing", "-fvisibility=hidden", "-Wall", "-Wextra",
+        ),
+        required_by="ERQ_BUILD_CUDA_EMULATED",
+        purpose="the emulated cuda backend",
+        is_installed=False,
     ),
 )  # fmt: skip
 

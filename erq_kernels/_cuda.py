@@ -167,7 +167,7 @@ def qlinear(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
-    offset: Tensor | None = None,
+    weight_offset: Tensor | None = None,
     out_packed: bool = False,
     tile: int = -1,
 ) -> Tensor:
@@ -193,7 +193,7 @@ def qlinear(
     vectors = {
         name: None if vector is None else vector.contiguous()
         for name, vector in {
-            "offset": offset, "scale": scale, "scale2": scale2, "bias": bias,
+            "offset": weight_offset, "scale": scale, "scale2": scale2, "bias": bias,
             "layer_scale": layer_scale, "out_inv_scale": out_inv_scale,
             "out_zero_point": out_zero_point,
         }.items()
@@ -228,7 +228,7 @@ def qlinear_why_not(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
-    offset: Tensor | None = None,
+    weight_offset: Tensor | None = None,
     out_packed: bool = False,
 ) -> str | None:
     """Why the kernel cannot run these arguments, or None."""

@@ -287,8 +287,8 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     Returns:
         uint8 [..., K / 2].
     """
-    pairs = codes.view(torch.uint8).unflatten(-1, (-1, 2)) & 15
-    return pairs[..., 0] | pairs[..., 1] << 4
+    low, high = ((codes[..., i::2] & 15).to(torch.uint8) for i in (0, 1))
+    return low | high << 4
 
 
 def unpack_nibbles(packed: Tensor, signed: bool = False) -> Tensor:
@@ -325,3 +325,12 @@ def pack_weight(weight: Tensor, split: int) -> tuple[Tensor, Tensor | None] | No
     packed = pack_nibbles(torch.cat(numbers, dim=1))
     every = torch.stack(offsets).to(torch.int32)
     return packed, every if bool(every.any()) else None
+
+
+def unpack_weight(packed: Tensor, offset: Tensor | None, split: int) -> Tensor:
+    """int8 [N, K'] of what `pack_weight` gives."""
+    numbers = unpack_nibbles(packed, signed=True)
+    if offset is not None:
+        numbers[:, :split] += offset[0, :, None].to(torch.int8)
+        numbers[:, split:] += offset[-1, :, None].to(torch.int8)
+    return numbers

@@ -102,6 +102,18 @@ def _check_epilogue(
     )
 
 
+def _check_packed_output(
+    out_packed: bool, out_inv_scale: Tensor | None, bits: int, columns: int
+) -> None:
+    _require(
+        not out_packed or (out_inv_scale is not None and bits <= 4 and columns % 2 == 0),
+        f"out_packed takes codes of at most 4 bits and an even number of columns, got {bits} bits "
+        f"and {columns} columns"
+        if out_inv_scale is not None
+        else "out_packed takes codes: give a quantizer of the result",
+    )
+
+
 def _check_device(x: Tensor, *others: Tensor | None) -> None:
     for other in others:
         if other is not None:
@@ -210,26 +222,47 @@ def qlinear(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    weight_offset: Tensor | None = None,
+    out_packed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Integer GEMM over two K segments with its epilogue; see `reference.qlinear`.
 
     Args:
-        x: int8 codes [M, K], columns in GEMM order. weight: int8 [N, K].
+        x: int8 codes [M, K], columns in GEMM order. weight: int8 [N, K]. Or both packed, uint8
+            [M, K / 2] and [N, K / 2] (`formats.pack_nibbles`, `formats.pack_weight`).
         scale, scale2, bias, layer_scale: fp32 [N]. split: length of the first K segment.
         residual: float [M, N]. out_dtype: float16, bfloat16 or float32.
         out_inv_scale, out_zero_point, out_bits: quantizer of the result, [] or [N].
+        weight_offset: int32 [segments, N], packed operands only. out_packed: codes of at most 4
+            bits leave packed.
 
     Returns:
-        [M, N] of out_dtype, or int8 codes.
+        [M, N] of out_dtype, or int8 codes, or uint8 [M, N / 2].
 
     Raises:
         ValueError: an argument that is not the above.
     """
-    _check_codes("x", x, 2)
-    _check_codes("weight", weight, 2)
-    n, k = weight.shape
-    _require(x.shape[1] == k, f"x has {x.shape[1]} columns, weight {k}")
+    packed = x.dtype == torch.uint8
+    if packed:
+        _require(
+            x.dim() == 2 and weight.dim() == 2 and weight.dtype == torch.uint8,
+            f"packed x goes with packed weight, uint8 [M, K / 2] and [N, K / 2], got "
+            f"{list(x.shape)} and {weight.dtype} {list(weight.shape)}",
+        )
+    else:
+        _check_codes("x", x, 2)
+        _check_codes("weight", weight, 2)
+    n, k = weight.shape[0], weight.shape[1] * (2 if packed else 1)
+    _require(x.shape[1] == weight.shape[1], f"x has {x.shape[1]} columns, weight {weight.shape[1]}")
+    _require(not packed or split % 2 == 0, f"a packed segment has an even length, got {split}")
+    if weight_offset is not None:
+        shape = (1 if scale2 is None else 2, n)
+        _require(
+            packed and weight_offset.dtype == torch.int32 and tuple(weight_offset.shape) == shape,
+            f"weight_offset goes with packed operands and must be int32 {list(shape)}, got "
+            f"{weight_offset.dtype} {list(weight_offset.shape)}",
+        )
     vectors = {"scale": scale, "scale2": scale2, "bias": bias, "layer_scale": layer_scale}
     for name, vector in vectors.items():
         _check_vector(name, vector, n)
@@ -239,10 +272,13 @@ def qlinear(
     )
     _check_epilogue(act, residual, out_dtype, x.shape[0], n)
     _check_output_quantizer(out_inv_scale, out_zero_point, out_bits, n, "qlinear")
-    _check_device(x, weight, *vectors.values(), residual, out_inv_scale, out_zero_point)
+    _check_packed_output(out_packed, out_inv_scale, out_bits, n)
+    _check_device(
+        x, weight, *vectors.values(), residual, out_inv_scale, out_zero_point, weight_offset
+    )
     args = (
         x, weight, scale, scale2, split, bias, act, layer_scale, residual, out_dtype,
-        out_inv_scale, out_zero_point, out_bits,
+        out_inv_scale, out_zero_point, out_bits, weight_offset, out_packed,
     )  # fmt: skip
     return _run("qlinear", backend, *args)
 
@@ -262,8 +298,13 @@ def _(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    weight_offset: Tensor | None = None,
+    out_packed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
+    if out_packed:
+        shape = (x.shape[0], weight.shape[0] // 2)
+        return torch.empty(shape, dtype=torch.uint8, device=x.device)
     dtype = out_dtype if out_inv_scale is None else torch.int8
     return torch.empty((x.shape[0], weight.shape[0]), dtype=dtype, device=x.device)
 

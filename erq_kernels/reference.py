@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from erq_kernels.formats import K_ALIGN, code_offset, unpack
+from erq_kernels.formats import (
+    K_ALIGN,
+    code_offset,
+    pack_nibbles,
+    unpack,
+    unpack_nibbles,
+    unpack_weight,
+)
 
 SQRT2 = 2.0**0.5
 # Largest magnitude up to which fp32 holds every integer.
@@ -103,6 +110,8 @@ def qlinear(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    weight_offset: Tensor | None = None,
+    out_packed: bool = False,
 ) -> Tensor:
     """y = act(acc₁·scale + acc₂·scale2 + bias) · layer_scale + residual, acc over two K segments.
 
@@ -119,10 +128,16 @@ def qlinear(
         out_dtype: dtype of a float result.
         out_inv_scale, out_zero_point, out_bits: if given, quantize the result (per tensor, or per
             output column [N]).
+        weight_offset: with packed operands (`formats.pack_weight`), what is added to them.
+        out_packed: codes leave packed, two to a byte (`formats.pack_nibbles`).
+
+    Packed operands are x uint8 [M, K / 2] of 4-bit codes and weight uint8 [N, K / 2].
 
     Returns:
-        [M, N] of out_dtype, or int8 codes.
+        [M, N] of out_dtype, int8 codes, or uint8 [M, N / 2] of packed codes.
     """
+    if x.dtype == torch.uint8:
+        x, weight = unpack_nibbles(x), unpack_weight(weight, weight_offset, split)
     if scale2 is None:
         y = int_matmul(x, weight).float().mul_(scale)
     else:
@@ -138,7 +153,8 @@ def qlinear(
     if out_inv_scale is None:
         return y.to(out_dtype)
     assert out_zero_point is not None
-    return quantize(y, out_inv_scale, out_zero_point, out_bits)
+    codes = quantize(y, out_inv_scale, out_zero_point, out_bits)
+    return pack_nibbles(codes) if out_packed else codes
 
 
 def qlinear_packed(

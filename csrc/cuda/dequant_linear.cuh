@@ -191,10 +191,10 @@ struct DequantBlock {
     return (two_bits & 1 ? 0xFFFFu : 0) | (two_bits & 2 ? 0xFFFF0000u : 0);
   }
 
-  // Codes 8 Octet .. 8 Octet + 7 of a unit, for every row of x.
+  // Codes 8 Octet .. 8 Octet + 7 of the 32 that begin at column `k0`, for every row of x.
   template <int Octet>
-  ERQ_DEVICE void multiply_octet(const uint32_t (&w)[2][kWords], const uint32_t (&marks)[4],
-                                 bool has_outliers, int unit) {
+  ERQ_DEVICE void multiply_octet(const uint32_t (&w)[2][kWords], uint32_t marks, bool has_outliers,
+                                 int k0) {
     uint32_t a[2][4], a2[2][4];
     decode_step<2 * Octet>(a[0], w, 0);
     decode_step<2 * Octet + 1>(a[1], w, 0);
@@ -205,13 +205,12 @@ struct DequantBlock {
       for (int s = 0; s < 2; ++s)
         ERQ_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const int first = Octet % 4 * 8 + s * 4 + i / 2 * 2;
-          const uint32_t mark = both_halves(marks[Octet / 4] >> first);
+          const uint32_t mark = both_halves(marks >> (Octet * 8 + s * 4 + i / 2 * 2));
           a[s][i] &= ~mark;
           a2[s][i] &= mark;
         }
     }
-    const int k = unit * kUnit + Octet * 8;
+    const int k = k0 + Octet * 8;
     ERQ_UNROLL
     for (int tile = 0; tile < Tiles; ++tile) {
       if (m0 + tile * 8 >= p.a.m) break;
@@ -232,12 +231,24 @@ struct DequantBlock {
     }
   }
 
-  template <int Octet>
-  ERQ_DEVICE void multiply_unit(const uint32_t (&w)[2][kWords], const uint32_t (&marks)[4],
-                                bool has_outliers, int unit) {
-    multiply_octet<Octet>(w, marks, has_outliers, unit);
-    if constexpr (Octet + 1 < kUnit / 8)
-      multiply_unit<Octet + 1>(w, marks, has_outliers, unit);
+  // A unit is a loop over its groups of 32 codes, each of which the shift brings to the front:
+  // registers have no index at run time, and four copies of the code would be large.
+  ERQ_DEVICE void multiply_unit(uint32_t (&w)[2][kWords], uint32_t (&marks)[4], bool has_outliers,
+                                int unit) {
+    ERQ_NO_UNROLL
+    for (int group32 = 0; group32 < kUnitGroups; ++group32) {
+      const int k = unit * kUnit + group32 * 32;
+      multiply_octet<0>(w, marks[0], has_outliers, k);
+      multiply_octet<1>(w, marks[0], has_outliers, k);
+      multiply_octet<2>(w, marks[0], has_outliers, k);
+      multiply_octet<3>(w, marks[0], has_outliers, k);
+      ERQ_UNROLL
+      for (int h = 0; h < 2; ++h)
+        ERQ_UNROLL
+        for (int i = 0; i + Bits < kWords; ++i) w[h][i] = w[h][i + Bits];
+      ERQ_UNROLL
+      for (int i = 0; i + 1 < kUnitGroups; ++i) marks[i] = marks[i + 1];
+    }
   }
 
   ERQ_DEVICE void run() {
@@ -257,7 +268,7 @@ struct DequantBlock {
           if (unit * 4 + i < p.a.k / 32) marks[i] = load_shared(outliers() + unit * 4 + i);
         has_outliers = any_lane((marks[0] | marks[1] | marks[2] | marks[3]) != 0);
       }
-      multiply_unit<0>(w, marks, has_outliers, unit);
+      multiply_unit(w, marks, has_outliers, unit);
     }
     finish();
   }

@@ -38,6 +38,7 @@
 #define ERQ_DEVICE inline
 #define ERQ_UNROLL
 #define ERQ_NO_UNROLL
+#define ERQ_FAULT(kind) (::erq::emulation::fault == ::erq::emulation::kind)
 
 struct alignas(8) int2 { int x, y; };
 struct alignas(16) int4 { int x, y, z, w; };
@@ -60,6 +61,10 @@ struct Statistics {
   long long conflicts[kAccesses];   // wavefronts above that
 };
 inline Statistics statistics;
+
+// What the kernels do wrong on purpose, where they say ERQ_FAULT.
+enum Fault { kNoFault, kFragment, kBarrier, kPipeline, kSwizzle };
+inline int fault;
 inline bool is_reversed;  // warps and lanes run from the last to the first
 
 struct Fibre {

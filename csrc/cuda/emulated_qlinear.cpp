@@ -6,12 +6,15 @@
 
 extern "C" {
 
+// Put a fault of emulation::Fault into the kernels; 0: none.
+ERQ_CUDA_API void erq_emulation_fault(int fault) { erq::emulation::fault = fault; }
+
 // Run warps and lanes from the last to the first.
-void erq_emulation_reverse(int reversed) { erq::emulation::is_reversed = reversed != 0; }
+ERQ_CUDA_API void erq_emulation_reverse(int reversed) { erq::emulation::is_reversed = reversed != 0; }
 
 // Wavefronts that were needed without conflicts, then those above, since the last call: of ldmatrix,
 // cp.async, loads and stores; 8 numbers.
-void erq_emulation_statistics(long long *to) {
+ERQ_CUDA_API void erq_emulation_statistics(long long *to) {
   using namespace erq::emulation;
   for (int i = 0; i < kAccesses; ++i) {
     to[i] = statistics.wavefronts[i];

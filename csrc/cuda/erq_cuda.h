@@ -13,6 +13,8 @@
 extern "C" {
 #endif
 
+#define ERQ_CUDA_API __attribute__((visibility("default")))
+
 /* Changes with every change of this header. */
 #define ERQ_CUDA_ABI 1
 
@@ -62,16 +64,17 @@ typedef struct {
   int32_t bits, type;
 } erq_cuda_dequant_linear_args;
 
-int erq_cuda_abi(void);
+ERQ_CUDA_API int erq_cuda_abi(void);
 
 /* 1 if this library runs on the host (the emulation of the tests), 0 if it needs a device. */
-int erq_cuda_is_emulated(void);
+ERQ_CUDA_API int erq_cuda_is_emulated(void);
 
 /* What went wrong in this thread's last call that did not return 0. */
-const char *erq_cuda_error(void);
+ERQ_CUDA_API const char *erq_cuda_error(void);
 
-int erq_cuda_qlinear(const erq_cuda_qlinear_args *args, int device, void *stream);
-int erq_cuda_dequant_linear(const erq_cuda_dequant_linear_args *args, int device, void *stream);
+ERQ_CUDA_API int erq_cuda_qlinear(const erq_cuda_qlinear_args *args, int device, void *stream);
+ERQ_CUDA_API int erq_cuda_dequant_linear(const erq_cuda_dequant_linear_args *args, int device,
+                                         void *stream);
 
 #ifdef __cplusplus
 }

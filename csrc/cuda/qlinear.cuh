@@ -62,11 +62,8 @@ struct Tile {
 };
 
 ERQ_DEVICE int swizzle(int row, int piece) {
-#if ERQ_FAULT == ERQ_FAULT_SWIZZLE
-  return row * kTileBytes + piece * 16;
-#else
+  if (ERQ_FAULT(kSwizzle)) return row * kTileBytes + piece * 16;
   return row * kTileBytes + ((piece ^ (row >> 1 & 3)) << 4);
-#endif
 }
 
 template <class T>
@@ -152,11 +149,11 @@ struct QlinearBlock {
         // Matrices: upper rows, lower rows of the first 16 bytes, then of the next 16.
         const int row = (warp_m * T::kMmaM + i) * 16 + lane % 16;
         ldmatrix_x4(a[i], a_tile + swizzle(row, step * 2 + lane / 16));
-#if ERQ_FAULT == ERQ_FAULT_FRAGMENT
-        const uint32_t other = a[i][1];
-        a[i][1] = a[i][2];
-        a[i][2] = other;
-#endif
+        if (ERQ_FAULT(kFragment)) {
+          const uint32_t other = a[i][1];
+          a[i][1] = a[i][2];
+          a[i][2] = other;
+        }
       }
       ERQ_UNROLL
       for (int j = 0; j < T::kMmaN; j += 2) {
@@ -195,14 +192,11 @@ struct QlinearBlock {
   ERQ_DEVICE void run_tiles(int first, int last) {
     for (int tile = first; tile < last; ++tile) {
       // This tile has landed, and everyone is done with the one whose place the next one takes.
-#if ERQ_FAULT == ERQ_FAULT_PIPELINE
-      cp_async_wait<T::kStages - 1>();
-#else
-      cp_async_wait<T::kStages - 2>();
-#endif
-#if ERQ_FAULT != ERQ_FAULT_BARRIER
-      barrier();
-#endif
+      if (ERQ_FAULT(kPipeline))
+        cp_async_wait<T::kStages - 1>();
+      else
+        cp_async_wait<T::kStages - 2>();
+      if (!ERQ_FAULT(kBarrier)) barrier();
       load_tile(tile + T::kStages - 1);
       multiply_tile<Segment>(tile);
     }
