@@ -328,7 +328,9 @@ struct DequantBlock {
   }
 };
 
-template <int Bits, class X, int Tiles>
+// The last parameter is for bench/static_cuda.py, which reads it from the kernel's name.
+template <int Bits, class X, int Tiles,
+          int SharedBytes = DequantBlock<Bits, X, Tiles>::kSharedBytes>
 ERQ_KERNEL(kDequantThreads, Tiles == 1 ? 3 : 2) dequant_linear_kernel(ERQ_PARAMS DequantParams p) {
   DequantBlock<Bits, X, Tiles>(p).run();
 }

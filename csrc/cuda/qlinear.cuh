@@ -292,7 +292,8 @@ struct QlinearBlock {
   }
 };
 
-template <class T>
+// The second parameter is for bench/static_cuda.py, which reads it from the kernel's name.
+template <class T, int SharedBytes = T::kSharedBytes>
 ERQ_KERNEL(T::kThreads, T::kBlocks) qlinear_kernel(ERQ_PARAMS QlinearParams p) {
   QlinearBlock<T>(p).run();
 }
