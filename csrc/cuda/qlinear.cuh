@@ -42,6 +42,7 @@ struct Tile {
   static constexpr int kM = BM_, kN = BN_, kWarpsM = WarpsM_, kWarpsN = WarpsN_;
   static constexpr int kStages = Stages_, kBlocks = Blocks_;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kCopyRows = kThreads / 4;  // that all threads copy at a time
   static constexpr int kWarpN = kN / kWarpsN;
   static constexpr int kMmaM = kM / kWarpsM / 16, kMmaN = kWarpN / 8;
   static constexpr int kSegments = kDual ? 2 : 1;
@@ -57,7 +58,8 @@ struct Tile {
       kStages * kStageBytes > kEndBytes ? kStages * kStageBytes : kEndBytes;
   static_assert(kN == kWarpsN * kMmaN * 8 && kM == kWarpsM * kMmaM * 16, "warps cover the tile");
   static_assert(kMmaN % 2 == 0 && 32 % kRowLanes == 0, "whole ldmatrix, whole rows");
-  static_assert(kM % (kThreads / 4) == 0 && kN % (kThreads / 4) == 0, "whole rounds of copies");
+  static_assert(kM % kCopyRows == 0 && kN % kCopyRows == 0, "whole rounds of copies");
+  static_assert(kCopyRows % 8 == 0, "the swizzle repeats");
   static_assert(kMmaM % kSumParts == 0, "a warp takes all of its row sums or none");
 };
 
@@ -73,6 +75,7 @@ struct QlinearBlock {
   int thread, lane, warp_m, warp_n;
   int row0, col0;      // of the block's tile
   int tiles1, tiles;   // pipeline tiles of the first segment, of both
+  uint32_t x_rows[T::kM / T::kCopyRows], weight_rows[T::kN / T::kCopyRows];
   int32_t acc[T::kSegments][T::kMmaM][T::kMmaN][4];
   int32_t sums[T::kSegments][T::kSumParts][4];  // of x, over parts kSumParts * warp_n + 0, 1, ...
 
@@ -88,40 +91,54 @@ struct QlinearBlock {
     const int within = block_index() % per_group;
     row0 = (top + within % height) * T::kM;
     col0 = within / height * T::kN;
+    find_rows<T::kM>(x_rows, p.a.x_stride, row0, p.a.m);
+    find_rows<T::kN>(weight_rows, p.a.weight_stride, col0, p.a.n);
     tiles1 = (p.split_bytes + kTileBytes - 1) / kTileBytes;
     tiles = tiles1 + (p.k_bytes - p.split_bytes + kTileBytes - 1) / kTileBytes;
   }
 
   // First byte of K of a pipeline tile, and where its segment ends.
   ERQ_DEVICE int tile_begin(int tile) const {
-    return tile < tiles1 ? tile * kTileBytes : p.split_bytes + (tile - tiles1) * kTileBytes;
+    if (!T::kDual || tile < tiles1) return tile * kTileBytes;
+    return p.split_bytes + (tile - tiles1) * kTileBytes;
   }
-  ERQ_DEVICE int tile_end(int tile) const { return tile < tiles1 ? p.split_bytes : p.k_bytes; }
+  ERQ_DEVICE int tile_end(int tile) const {
+    return !T::kDual || tile >= tiles1 ? p.k_bytes : p.split_bytes;
+  }
+
+  // Where this thread's copies of a tile begin, relative to the tile's first row. Rows over the edge
+  // repeat the last real one: in bounds, and never stored.
+  template <int Rows>
+  ERQ_DEVICE void find_rows(uint32_t (&offset)[Rows / T::kCopyRows], int64_t stride, int first,
+                            int count) const {
+    ERQ_UNROLL
+    for (int i = 0; i < Rows / T::kCopyRows; ++i) {
+      const int row = thread / 4 + i * T::kCopyRows;
+      const int real = first + row < count ? row : count - 1 - first;
+      offset[i] = static_cast<uint32_t>(stride) * real + thread % 4 * 16;
+    }
+  }
 
   template <int Rows>
-  ERQ_DEVICE void load_rows(char *to, const void *from, int64_t stride, int first, int count,
-                            int begin, int end) {
-    const int piece = thread % 4;
-    const bool inside = begin + piece * 16 < end;
-    // The tile's place is the same for the whole block; a thread's offset in it fits 32 bits.
-    const char *base = static_cast<const char *>(from) + first * stride + begin;
-    const uint32_t step = static_cast<uint32_t>(stride) * (T::kThreads / 4);
-    uint32_t offset = static_cast<uint32_t>(stride) * (thread / 4) + piece * 16;
+  ERQ_DEVICE void load_rows(char *to, const void *from, int64_t stride, int first, int begin,
+                            bool inside, const uint32_t (&offset)[Rows / T::kCopyRows]) const {
+    const char *base = static_cast<const char *>(from) + first * stride;  // the block's
+    if (inside) base += begin;  // nothing is read otherwise, but nothing may point beyond the end
+    to += swizzle(thread / 4, thread % 4);
     ERQ_UNROLL
-    for (int row = thread / 4; row < Rows; row += T::kThreads / 4, offset += step) {
-      const bool valid = inside && first + row < count;
-      cp_async_16(to + swizzle(row, piece), valid ? base + offset : static_cast<const char *>(from),
-                  valid);
-    }
+    for (int i = 0; i < Rows / T::kCopyRows; ++i)
+      // The swizzle repeats every 8 rows.
+      cp_async_16(to + i * T::kCopyRows * kTileBytes, base + offset[i], inside);
   }
 
   ERQ_DEVICE void load_tile(int tile) {
     if (tile < tiles) {
       char *to = memory + tile % T::kStages * T::kStageBytes;
-      const int begin = tile_begin(tile), end = tile_end(tile);
-      load_rows<T::kM>(to, p.a.x, p.a.x_stride, row0, p.a.m, begin, end);
-      load_rows<T::kN>(to + T::kM * kTileBytes, p.a.weight, p.a.weight_stride, col0, p.a.n, begin,
-                       end);
+      const int begin = tile_begin(tile);
+      const bool inside = begin + thread % 4 * 16 < tile_end(tile);
+      load_rows<T::kM>(to, p.a.x, p.a.x_stride, row0, begin, inside, x_rows);
+      load_rows<T::kN>(to + T::kM * kTileBytes, p.a.weight, p.a.weight_stride, col0, begin, inside,
+                       weight_rows);
     }
     cp_async_commit();  // an empty group too: the waits count groups
   }

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O1")
 
 ACCESSES = ("ldmatrix", "cp.async", "loads", "stores")
 FAULTS = {"fragment": 1, "barrier": 2, "pipeline": 3, "swizzle": 4}
