@@ -291,7 +291,7 @@ def main() -> int:
     parser.add_argument("--models", default=",".join(MODELS), help="default: %(default)s")
     parser.add_argument("--batches", default="1,8,64,256", help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop then; %(default)s")
-    parser.add_argument("--out", type=Path, help="the table; default: the package's")
+    parser.add_argument("--out", type=Path, help="folder of the table; default: the package's")
     parser.add_argument("--smoke", action="store_true", help="tiny problems; needs --out")
     args = parser.parse_args()
     models = args.models.split(",")
@@ -304,12 +304,12 @@ def main() -> int:
     if not batches or min(batches) < 1:
         parser.error(f"--batches takes numbers from 1, by commas, got {args.batches!r}")
     if args.smoke and args.out is None:
-        parser.error("--smoke measures nothing that the package may use; name a file with --out")
+        parser.error("--smoke measures nothing that the package may use; name a folder with --out")
     if not torch.cuda.is_available() and not (args.smoke and INTERPRETED):
         parser.error("there is no GPU here; --smoke runs without one under TRITON_INTERPRET=1")
     device = torch.device("cpu" if INTERPRETED else "cuda")
     arch, name = qlinear.describe_device(device)
-    path = args.out or TUNED / f"{configs.device_slug(name)}.json"
+    path = (args.out or TUNED) / f"{configs.device_slug(name)}.json"
     measured = read_table(path)
     done = {(seen.m, seen.n, seen.k, seen.dual) for seen in measured}
     problems = smoke_problems() if args.smoke else problems_of(models, batches)

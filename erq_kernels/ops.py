@@ -432,7 +432,8 @@ def qattention(
 
     Args:
         q, k, v: int8 codes [B, H, T, D]. zero points: int32 []. scales: fp32 []; without
-            p_inv_scale the probabilities stay float. bias: float, broadcastable to [B, H, T, T].
+            p_inv_scale the probabilities stay float. bias: float, broadcastable to [n, H, T, T]
+            where n divides B: entry i of the batch gets bias[i % n].
 
     Returns:
         fp32 [B, T, H, D], or int8 codes if out_inv_scale is given.
@@ -457,12 +458,14 @@ def qattention(
             _check_scalar(name, scale)
     if bias is not None:
         shape = (*q.shape[:3], q.shape[2])
+        batches = bias.shape[0] if bias.dim() == 4 else 1
         _require(
             bias.is_floating_point()
             and bias.dim() <= 4
-            and all(b in (1, s) for b, s in zip(bias.shape[::-1], shape[::-1], strict=False)),
-            f"bias must be float and broadcast to {list(shape)}, got {bias.dtype} "
-            f"{list(bias.shape)}",
+            and all(b in (1, s) for b, s in zip(bias.shape[:-4:-1], shape[:0:-1], strict=False))
+            and (batches == 1 or (batches > 0 and shape[0] % batches == 0)),
+            f"bias must be float and broadcast to {list(shape)}, or its first dimension divide "
+            f"{shape[0]}, got {bias.dtype} {list(bias.shape)}",
         )
     _check_output_quantizer(out_inv_scale, out_zero_point, out_bits, q.shape[-1], "qattention")
     _check_device(

@@ -284,6 +284,13 @@ def attention_values(
     return (e + SQRT2 * f) * scale
 
 
+def batch_bias(bias: Tensor, batch: int) -> Tensor:
+    """The bias of every entry of a batch, from one for every n of them; see `qattention`."""
+    if bias.dim() < 4 or len(bias) in (1, batch):
+        return bias
+    return bias.repeat(batch // len(bias), 1, 1, 1)
+
+
 def qattention(
     q: Tensor,
     k: Tensor,
@@ -310,14 +317,15 @@ def qattention(
         p_inv_scale: fp32 [], 1 / s_p of the log-√2 quantizer, or None: probabilities stay float.
         value_scale: fp32 [], s_p · s_v, or s_v without a quantizer of the probabilities.
         qk_bits, av_bits: widths of q and k, and of softmax codes and v.
-        bias: float, broadcastable to [B, H, T, T] (relative position bias plus mask), or None.
+        bias: float, broadcastable to [n, H, T, T] (relative position bias plus mask), or None; n
+            divides B and its entries serve every n of the batch in turn: n windows of each image.
 
     Returns:
         fp32 [B, T, H, D], the rows of the next GEMM, or int8 codes if out_inv_scale is given.
     """
     scores = attention_scores(q, k, q_zero_point, k_zero_point, (qk_bits, qk_bits), score_scale)
     if bias is not None:
-        scores = scores + bias
+        scores = scores + batch_bias(bias, len(q))
     probabilities = scores.softmax(dim=-1)
     if p_inv_scale is None:
         y = (probabilities @ _centered(v, v_zero_point, av_bits)) * value_scale

@@ -47,8 +47,8 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own runs are in bench/device.sh")
 def test_a_table_is_written_and_gone_on_with(tmp_path: Path) -> None:
-    path = tmp_path / "tables" / "table.json"
-    arguments = ("--smoke", "--out", str(path))
+    path = tmp_path / "tables" / "interpreter.json"
+    arguments = ("--smoke", "--out", str(path.parent))
     result = run_script(*arguments)
     assert result.returncode == 0, result.stderr
     assert "WRONG" not in result.stdout
@@ -58,7 +58,7 @@ def test_a_table_is_written_and_gone_on_with(tmp_path: Path) -> None:
     assert json.loads(first)["triton"] == triton.__version__
     measured = configs.parse_table(first, "table")["qlinear"]
     assert len({(seen.m, seen.n, seen.k, seen.dual) for seen in measured}) == 6
-    assert os.listdir(path.parent) == ["table.json"]
+    assert os.listdir(path.parent) == [path.name]
 
     shorter = json.loads(first)
     del shorter["qlinear"][2:4]
@@ -76,15 +76,23 @@ def test_a_table_is_written_and_gone_on_with(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("--smoke",), "name a file with --out"),
+        (("--smoke",), "name a folder with --out"),
         (("--models", "vgg"), "unknown models vgg; known: deit_tiny"),
         (("--batches", "0"), "--batches takes numbers from 1"),
         (("--batches", "1,x"), "--batches takes numbers from 1"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments: tuple[str, ...], text: str) -> None:
-    result = run_script(*arguments)
-    assert result.returncode == 2 and text in result.stderr
+def test_wrong_arguments_are_refused(
+    tune: Any,
+    arguments: tuple[str, ...],
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune.py", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        tune.main()
+    assert exit.value.code == 2 and text in capsys.readouterr().err
 
 
 def test_the_problems_are_those_of_the_models(tune: Any) -> None:
