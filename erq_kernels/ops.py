@@ -114,6 +114,13 @@ def _check_packed_output(
     )
 
 
+def _empty_codes(x: Tensor, shape: Sequence[int], packed: bool) -> Tensor:
+    """What an op that gives codes of `shape` gives, on x's device."""
+    if packed:
+        return x.new_empty((*shape[:-1], shape[-1] // 2), dtype=torch.uint8)
+    return x.new_empty(tuple(shape), dtype=torch.int8)
+
+
 def _check_device(x: Tensor, *others: Tensor | None) -> None:
     for other in others:
         if other is not None:
@@ -125,7 +132,12 @@ def _check_device(x: Tensor, *others: Tensor | None) -> None:
 
 @torch.library.custom_op("erq::quantize", mutates_args=())
 def quantize(
-    x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int, backend: str = "auto"
+    x: Tensor,
+    inv_scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    out_packed: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Codes of a float tensor; see `reference.quantize`.
 
@@ -133,7 +145,7 @@ def quantize(
         x: float [..., C]. inv_scale: fp32 [] or [C]. zero_point: int32, same shape. bits: 2..8.
 
     Returns:
-        int8 [..., C].
+        int8 [..., C], or uint8 [..., C / 2] if out_packed (`formats.pack_nibbles`).
 
     Raises:
         ValueError: an argument that is not the above.
@@ -141,13 +153,21 @@ def quantize(
     _check_bits(bits)
     _require(x.is_floating_point(), f"quantize takes a float tensor, got {x.dtype}")
     _check_quantizer(inv_scale, zero_point, x.shape[-1] if x.dim() else 1, "quantize")
+    _check_packed_output(out_packed, inv_scale, bits, x.shape[-1] if x.dim() else 1)
     _check_device(x, inv_scale, zero_point)
-    return _run("quantize", backend, x, inv_scale, zero_point, bits)
+    return _run("quantize", backend, x, inv_scale, zero_point, bits, out_packed)
 
 
 @quantize.register_fake
-def _(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int, backend: str = "auto") -> Tensor:
-    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+def _(
+    x: Tensor,
+    inv_scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    out_packed: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    return _empty_codes(x, x.shape, out_packed)
 
 
 @torch.library.custom_op("erq::layer_norm_quantize", mutates_args=())
@@ -160,6 +180,7 @@ def layer_norm_quantize(
     zero_point: Tensor,
     bits: int,
     order: Tensor | None = None,
+    out_packed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """LayerNorm, then codes, in the next GEMM's column order; see `reference.layer_norm_quantize`.
@@ -169,7 +190,7 @@ def layer_norm_quantize(
             channel, or None for natural order.
 
     Returns:
-        int8 [M, K'], K' = K without an order.
+        int8 [M, K'], K' = K without an order; or uint8 [M, K' / 2] if out_packed.
 
     Raises:
         ValueError: an argument that is not the above.
@@ -187,7 +208,8 @@ def layer_norm_quantize(
         _check_vector("order", order, order.numel(), torch.int64)
     _check_quantizer(inv_scale, zero_point, k, "layer_norm_quantize")
     _check_device(x, weight, bias, inv_scale, zero_point, order)
-    args = (x, weight, bias, eps, inv_scale, zero_point, bits, order)
+    _check_packed_output(out_packed, inv_scale, bits, k if order is None else order.numel())
+    args = (x, weight, bias, eps, inv_scale, zero_point, bits, order, out_packed)
     return _run("layer_norm_quantize", backend, *args)
 
 
@@ -201,10 +223,11 @@ def _(
     zero_point: Tensor,
     bits: int,
     order: Tensor | None = None,
+    out_packed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     columns = x.shape[1] if order is None else order.shape[0]
-    return torch.empty((x.shape[0], columns), dtype=torch.int8, device=x.device)
+    return _empty_codes(x, (x.shape[0], columns), out_packed)
 
 
 @torch.library.custom_op("erq::qlinear", mutates_args=())
@@ -302,11 +325,10 @@ def _(
     out_packed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    if out_packed:
-        shape = (x.shape[0], weight.shape[0] // 2)
-        return torch.empty(shape, dtype=torch.uint8, device=x.device)
-    dtype = out_dtype if out_inv_scale is None else torch.int8
-    return torch.empty((x.shape[0], weight.shape[0]), dtype=dtype, device=x.device)
+    shape = (x.shape[0], weight.shape[0])
+    if out_inv_scale is not None:
+        return _empty_codes(x, shape, out_packed)
+    return torch.empty(shape, dtype=out_dtype, device=x.device)
 
 
 @torch.library.custom_op("erq::qlinear_packed", mutates_args=())
@@ -426,6 +448,7 @@ def qattention(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    out_packed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Attention on codes; see `reference.qattention`.
@@ -436,7 +459,7 @@ def qattention(
             where n divides B: entry i of the batch gets bias[i % n].
 
     Returns:
-        fp32 [B, T, H, D], or int8 codes if out_inv_scale is given.
+        fp32 [B, T, H, D]; with out_inv_scale int8 codes, or packed uint8 [B, T, H, D / 2].
 
     Raises:
         ValueError: an argument that is not the above.
@@ -468,12 +491,14 @@ def qattention(
             f"{shape[0]}, got {bias.dtype} {list(bias.shape)}",
         )
     _check_output_quantizer(out_inv_scale, out_zero_point, out_bits, q.shape[-1], "qattention")
+    _check_packed_output(out_packed, out_inv_scale, out_bits, q.shape[-1])
     _check_device(
         q, k, v, *zero_points.values(), *scales.values(), bias, out_inv_scale, out_zero_point
     )
     args = (
         q, k, v, q_zero_point, k_zero_point, v_zero_point, score_scale, p_inv_scale, value_scale,
         qk_bits, av_bits, zero_last, bias, out_inv_scale, out_zero_point, out_bits,
+        out_packed,
     )  # fmt: skip
     return _run("qattention", backend, *args)
 
@@ -496,11 +521,13 @@ def _(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    out_packed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    dtype = torch.float32 if out_inv_scale is None else torch.int8
     b, h, t, d = q.shape
-    return torch.empty((b, t, h, d), dtype=dtype, device=q.device)
+    if out_inv_scale is not None:
+        return _empty_codes(q, (b, t, h, d), out_packed)
+    return torch.empty((b, t, h, d), device=q.device)
 
 
 @torch.library.custom_op("erq::dequant_linear", mutates_args=())
