@@ -245,6 +245,16 @@ def qlinear_why_not(
     return None
 
 
+def qlinear_rather_not(x: Tensor, *_: Any, **__: Any) -> str | None:
+    """Why another backend is to run these arguments on this device, or None."""
+    library = load()
+    if isinstance(library, str) or library.emulated or _capability(x.device)[0] == 8:
+        return None
+    if x.dtype == torch.uint8:
+        return "compute capability 9.0 has no 4-bit tensor cores: products are made up of others"
+    return "mma.sync leaves half of the rate of compute capability 9.0 unused, wgmma does not"
+
+
 def dequant_linear(
     x: Tensor,
     packed: Tensor,
@@ -298,15 +308,15 @@ def dequant_linear_why_not(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
 
 
 def _register() -> None:
-    for op, run, refuse in (
-        ("qlinear", qlinear, qlinear_why_not),
+    for op, run, refuse, *rather_not in (
+        ("qlinear", qlinear, qlinear_why_not, qlinear_rather_not),
         ("dequant_linear", dequant_linear, dequant_linear_why_not),
     ):
 
         def why_not(*args: Any, _refuse: Any = refuse, **kwargs: Any) -> str | None:
             return _why_not(_refuse, *args, **kwargs)
 
-        dispatch.register(op, "cuda", run, why_not)
+        dispatch.register(op, "cuda", run, why_not, *rather_not)
 
 
 _register()
