@@ -19,7 +19,7 @@ help:
 	@echo 'make clean      remove caches and build output;  make distclean  also $(VENV)'
 
 # The stamp is written last, so an interrupted installation is taken up again by the next make.
-$(STAMP): pyproject.toml setup.py erq/_version.py
+$(STAMP): pyproject.toml setup.py erq/_version.py $(wildcard csrc/*.* csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "erq needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1)." \
 			"Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }

@@ -277,3 +277,62 @@ def gemm_operands(
         folded = folded - shift * m2.double() * weight[:, split:].sum(dim=1).double()
     order = None if order is None else order.to(weight.device)
     return GemmOperands(weight, m1, m2, split, folded.float(), order)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Rows of 4-bit codes, two to a byte: column 2j in the low half of byte j.
+
+    Args:
+        codes: int8 [..., K], K even; the low four bits of each count, so −8..−1 keep their two's
+            complement.
+
+    Returns:
+        uint8 [..., K / 2].
+    """
+    low, high = ((codes[..., i::2] & 15).to(torch.uint8) for i in (0, 1))
+    return low | high << 4
+
+
+def unpack_nibbles(packed: Tensor, signed: bool = False) -> Tensor:
+    """int8 [..., 2·B] of uint8 [..., B], the inverse of `pack_nibbles`: 0..15, or −8..7."""
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).to(torch.int8)
+    return (codes ^ 8) - 8 if signed else codes
+
+
+def pack_weight(weight: Tensor, split: int) -> tuple[Tensor, Tensor | None] | None:
+    """A GEMM weight as 4-bit numbers and what to add to those of a row and segment.
+
+    weight = number + offset. A row whose weights lie in −8..7 needs no offset; any other row whose
+    largest and smallest weight are at most 15 apart, as W4's are, gets one.
+
+    Args:
+        weight: int8 [N, K'] of `center` or `repack`. split: length of the first segment.
+
+    Returns:
+        uint8 [N, K' / 2] of `pack_nibbles` and int32 [segments, N], or None where no row needs an
+        offset; None where a row spans more than 4 bits.
+    """
+    segments = [s for s in (weight[:, :split], weight[:, split:]) if s.shape[1]]
+    numbers, offsets = [], []
+    for segment in segments:
+        low, high = segment.to(torch.int32).aminmax(dim=1)
+        if bool((high - low > 15).any()):
+            return None
+        fits = (low >= -8) & (high <= 7)
+        offset = torch.where(fits, 0, low + 8)
+        numbers.append((segment - offset[:, None]).to(torch.int8))
+        offsets.append(offset)
+    if not segments:
+        return weight.new_empty((len(weight), 0), dtype=torch.uint8), None
+    packed = pack_nibbles(torch.cat(numbers, dim=1))
+    every = torch.stack(offsets).to(torch.int32)
+    return packed, every if bool(every.any()) else None
+
+
+def unpack_weight(packed: Tensor, offset: Tensor | None, split: int) -> Tensor:
+    """int8 [N, K'] of what `pack_weight` gives."""
+    numbers = unpack_nibbles(packed, signed=True)
+    if offset is not None:
+        numbers[:, :split] += offset[0, :, None].to(torch.int8)
+        numbers[:, split:] += offset[-1, :, None].to(torch.int8)
+    return numbers

@@ -102,6 +102,25 @@ def _check_epilogue(
     )
 
 
+def _check_packed_output(
+    out_packed: bool, out_inv_scale: Tensor | None, bits: int, columns: int
+) -> None:
+    _require(
+        not out_packed or (out_inv_scale is not None and bits <= 4 and columns % 2 == 0),
+        f"out_packed takes codes of at most 4 bits and an even number of columns, got {bits} bits "
+        f"and {columns} columns"
+        if out_inv_scale is not None
+        else "out_packed takes codes: give a quantizer of the result",
+    )
+
+
+def _empty_codes(x: Tensor, shape: Sequence[int], packed: bool) -> Tensor:
+    """What an op that gives codes of `shape` gives, on x's device."""
+    if packed:
+        return x.new_empty((*shape[:-1], shape[-1] // 2), dtype=torch.uint8)
+    return x.new_empty(tuple(shape), dtype=torch.int8)
+
+
 def _check_device(x: Tensor, *others: Tensor | None) -> None:
     for other in others:
         if other is not None:
@@ -113,7 +132,12 @@ def _check_device(x: Tensor, *others: Tensor | None) -> None:
 
 @torch.library.custom_op("erq::quantize", mutates_args=())
 def quantize(
-    x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int, backend: str = "auto"
+    x: Tensor,
+    inv_scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    out_packed: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Codes of a float tensor; see `reference.quantize`.
 
@@ -121,7 +145,7 @@ def quantize(
         x: float [..., C]. inv_scale: fp32 [] or [C]. zero_point: int32, same shape. bits: 2..8.
 
     Returns:
-        int8 [..., C].
+        int8 [..., C], or uint8 [..., C / 2] if out_packed (`formats.pack_nibbles`).
 
     Raises:
         ValueError: an argument that is not the above.
@@ -129,13 +153,21 @@ def quantize(
     _check_bits(bits)
     _require(x.is_floating_point(), f"quantize takes a float tensor, got {x.dtype}")
     _check_quantizer(inv_scale, zero_point, x.shape[-1] if x.dim() else 1, "quantize")
+    _check_packed_output(out_packed, inv_scale, bits, x.shape[-1] if x.dim() else 1)
     _check_device(x, inv_scale, zero_point)
-    return _run("quantize", backend, x, inv_scale, zero_point, bits)
+    return _run("quantize", backend, x, inv_scale, zero_point, bits, out_packed)
 
 
 @quantize.register_fake
-def _(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int, backend: str = "auto") -> Tensor:
-    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+def _(
+    x: Tensor,
+    inv_scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    out_packed: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    return _empty_codes(x, x.shape, out_packed)
 
 
 @torch.library.custom_op("erq::layer_norm_quantize", mutates_args=())
@@ -148,6 +180,7 @@ def layer_norm_quantize(
     zero_point: Tensor,
     bits: int,
     order: Tensor | None = None,
+    out_packed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """LayerNorm, then codes, in the next GEMM's column order; see `reference.layer_norm_quantize`.
@@ -157,7 +190,7 @@ def layer_norm_quantize(
             channel, or None for natural order.
 
     Returns:
-        int8 [M, K'], K' = K without an order.
+        int8 [M, K'], K' = K without an order; or uint8 [M, K' / 2] if out_packed.
 
     Raises:
         ValueError: an argument that is not the above.
@@ -175,7 +208,8 @@ def layer_norm_quantize(
         _check_vector("order", order, order.numel(), torch.int64)
     _check_quantizer(inv_scale, zero_point, k, "layer_norm_quantize")
     _check_device(x, weight, bias, inv_scale, zero_point, order)
-    args = (x, weight, bias, eps, inv_scale, zero_point, bits, order)
+    _check_packed_output(out_packed, inv_scale, bits, k if order is None else order.numel())
+    args = (x, weight, bias, eps, inv_scale, zero_point, bits, order, out_packed)
     return _run("layer_norm_quantize", backend, *args)
 
 
@@ -189,10 +223,11 @@ def _(
     zero_point: Tensor,
     bits: int,
     order: Tensor | None = None,
+    out_packed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     columns = x.shape[1] if order is None else order.shape[0]
-    return torch.empty((x.shape[0], columns), dtype=torch.int8, device=x.device)
+    return _empty_codes(x, (x.shape[0], columns), out_packed)
 
 
 @torch.library.custom_op("erq::qlinear", mutates_args=())
@@ -210,26 +245,47 @@ def qlinear(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    weight_offset: Tensor | None = None,
+    out_packed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Integer GEMM over two K segments with its epilogue; see `reference.qlinear`.
 
     Args:
-        x: int8 codes [M, K], columns in GEMM order. weight: int8 [N, K].
+        x: int8 codes [M, K], columns in GEMM order. weight: int8 [N, K]. Or both packed, uint8
+            [M, K / 2] and [N, K / 2] (`formats.pack_nibbles`, `formats.pack_weight`).
         scale, scale2, bias, layer_scale: fp32 [N]. split: length of the first K segment.
         residual: float [M, N]. out_dtype: float16, bfloat16 or float32.
         out_inv_scale, out_zero_point, out_bits: quantizer of the result, [] or [N].
+        weight_offset: int32 [segments, N], packed operands only. out_packed: codes of at most 4
+            bits leave packed.
 
     Returns:
-        [M, N] of out_dtype, or int8 codes.
+        [M, N] of out_dtype, or int8 codes, or uint8 [M, N / 2].
 
     Raises:
         ValueError: an argument that is not the above.
     """
-    _check_codes("x", x, 2)
-    _check_codes("weight", weight, 2)
-    n, k = weight.shape
-    _require(x.shape[1] == k, f"x has {x.shape[1]} columns, weight {k}")
+    packed = x.dtype == torch.uint8
+    if packed:
+        _require(
+            x.dim() == 2 and weight.dim() == 2 and weight.dtype == torch.uint8,
+            f"packed x goes with packed weight, uint8 [M, K / 2] and [N, K / 2], got "
+            f"{list(x.shape)} and {weight.dtype} {list(weight.shape)}",
+        )
+    else:
+        _check_codes("x", x, 2)
+        _check_codes("weight", weight, 2)
+    n, k = weight.shape[0], weight.shape[1] * (2 if packed else 1)
+    _require(x.shape[1] == weight.shape[1], f"x has {x.shape[1]} columns, weight {weight.shape[1]}")
+    _require(not packed or split % 2 == 0, f"a packed segment has an even length, got {split}")
+    if weight_offset is not None:
+        shape = (1 if scale2 is None else 2, n)
+        _require(
+            packed and weight_offset.dtype == torch.int32 and tuple(weight_offset.shape) == shape,
+            f"weight_offset goes with packed operands and must be int32 {list(shape)}, got "
+            f"{weight_offset.dtype} {list(weight_offset.shape)}",
+        )
     vectors = {"scale": scale, "scale2": scale2, "bias": bias, "layer_scale": layer_scale}
     for name, vector in vectors.items():
         _check_vector(name, vector, n)
@@ -239,10 +295,13 @@ def qlinear(
     )
     _check_epilogue(act, residual, out_dtype, x.shape[0], n)
     _check_output_quantizer(out_inv_scale, out_zero_point, out_bits, n, "qlinear")
-    _check_device(x, weight, *vectors.values(), residual, out_inv_scale, out_zero_point)
+    _check_packed_output(out_packed, out_inv_scale, out_bits, n)
+    _check_device(
+        x, weight, *vectors.values(), residual, out_inv_scale, out_zero_point, weight_offset
+    )
     args = (
         x, weight, scale, scale2, split, bias, act, layer_scale, residual, out_dtype,
-        out_inv_scale, out_zero_point, out_bits,
+        out_inv_scale, out_zero_point, out_bits, weight_offset, out_packed,
     )  # fmt: skip
     return _run("qlinear", backend, *args)
 
@@ -262,10 +321,14 @@ def _(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    weight_offset: Tensor | None = None,
+    out_packed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    dtype = out_dtype if out_inv_scale is None else torch.int8
-    return torch.empty((x.shape[0], weight.shape[0]), dtype=dtype, device=x.device)
+    shape = (x.shape[0], weight.shape[0])
+    if out_inv_scale is not None:
+        return _empty_codes(x, shape, out_packed)
+    return torch.empty(shape, dtype=out_dtype, device=x.device)
 
 
 @torch.library.custom_op("erq::qlinear_packed", mutates_args=())
@@ -385,6 +448,7 @@ def qattention(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    out_packed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Attention on codes; see `reference.qattention`.
@@ -395,7 +459,7 @@ def qattention(
             where n divides B: entry i of the batch gets bias[i % n].
 
     Returns:
-        fp32 [B, T, H, D], or int8 codes if out_inv_scale is given.
+        fp32 [B, T, H, D]; with out_inv_scale int8 codes, or packed uint8 [B, T, H, D / 2].
 
     Raises:
         ValueError: an argument that is not the above.
@@ -427,12 +491,14 @@ def qattention(
             f"{shape[0]}, got {bias.dtype} {list(bias.shape)}",
         )
     _check_output_quantizer(out_inv_scale, out_zero_point, out_bits, q.shape[-1], "qattention")
+    _check_packed_output(out_packed, out_inv_scale, out_bits, q.shape[-1])
     _check_device(
         q, k, v, *zero_points.values(), *scales.values(), bias, out_inv_scale, out_zero_point
     )
     args = (
         q, k, v, q_zero_point, k_zero_point, v_zero_point, score_scale, p_inv_scale, value_scale,
         qk_bits, av_bits, zero_last, bias, out_inv_scale, out_zero_point, out_bits,
+        out_packed,
     )  # fmt: skip
     return _run("qattention", backend, *args)
 
@@ -455,11 +521,13 @@ def _(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    out_packed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    dtype = torch.float32 if out_inv_scale is None else torch.int8
     b, h, t, d = q.shape
-    return torch.empty((b, t, h, d), dtype=dtype, device=q.device)
+    if out_inv_scale is not None:
+        return _empty_codes(q, (b, t, h, d), out_packed)
+    return torch.empty((b, t, h, d), device=q.device)
 
 
 @torch.library.custom_op("erq::dequant_linear", mutates_args=())

@@ -25,6 +25,7 @@ from erq_kernels.formats import (
     gemm_operands,
     order_packed,
     pack,
+    pack_weight,
     packed_size,
     unpack,
 )
@@ -274,6 +275,8 @@ class QuantLinear(_PackedWeight):
         self.register_buffer("x_zero_point", None if floating else zero)
         self._derive(x_inv_scale=None)
         self._operands: GemmOperands | None = None
+        # The weight of `pack_weight`, made when it is first asked for; () if it does not fit.
+        self._nibbles: tuple[Tensor, Tensor | None] | tuple[()] | None = None
         self._layout = "int8"
 
     @classmethod
@@ -377,6 +380,7 @@ class QuantLinear(_PackedWeight):
             kept = order_packed(self.packed, self.w_bits, n, k, self.dual_columns)
             operands = replace(operands, weight=kept)
         self._operands = operands
+        self._nibbles = None
         self._derive(x_inv_scale=self.x_scale.reciprocal())
 
     @property
@@ -399,7 +403,8 @@ class QuantLinear(_PackedWeight):
         """What that op takes before the epilogue."""
         o = self.operands
         if self._layout == "int8":
-            return codes, o.weight, o.scale, o.scale2, o.split, o.bias
+            weight = self._nibbles[0] if codes.dtype == torch.uint8 and self._nibbles else o.weight
+            return codes, weight, o.scale, o.scale2, o.split, o.bias
         zero_points: tuple[Tensor | None, Tensor | None] = (self.zero_point, None)
         outliers = 0
         if self.dual_columns is not None:
@@ -427,16 +432,40 @@ class QuantLinear(_PackedWeight):
         if self.x_inv_scale is None or self.x_zero_point is None:
             raise ValueError(_NO_OPERANDS)
         return ops.quantize(  # type: ignore[no-any-return]
-            x, self.x_inv_scale, self.x_zero_point, self.a_bits, self.backend
+            x, self.x_inv_scale, self.x_zero_point, self.a_bits, backend=self.backend
         )
 
-    def input_quantizer(self) -> dict[str, Any]:
-        """The output quantizer of the op that feeds this layer, as its arguments."""
+    def input_quantizer(self, packed: bool = False) -> dict[str, Any]:
+        """The output quantizer of the op that feeds this layer, as its arguments.
+
+        Args:
+            packed: codes are to come packed (`packs_codes`).
+        """
         return {
             "out_inv_scale": self.x_inv_scale,
             "out_zero_point": self.x_zero_point,
             "out_bits": self.a_bits,
+            "out_packed": packed,
         }
+
+    def packs_codes(self) -> bool:
+        """Whether a kernel for packed 4-bit codes [M, K' / 2] runs this layer on its device."""
+        nibbles = self._nibbles
+        if self._layout != "int8" or max(self.w_bits, self.a_bits) > 4:
+            return False
+        if dispatch.chosen(self.backend) not in ("auto", "cuda"):
+            return False
+        if nibbles is None:
+            weight = pack_weight(self.operands.weight, self.operands.split)
+            nibbles = self._nibbles = weight or ()
+        if not nibbles:
+            return False
+        arguments = self._gemm_arguments(nibbles[0][:1])
+        epilogue = {"weight_offset": nibbles[1]}
+        return (
+            dispatch.why_not(self.gemm, "cuda", *arguments, **epilogue) is None
+            and dispatch.select(self.gemm, self.backend, *arguments, **epilogue) == "cuda"
+        )
 
     @property
     def operands(self) -> GemmOperands:
@@ -455,7 +484,13 @@ class QuantLinear(_PackedWeight):
         return codes if order is None else codes.index_select(1, order)
 
     def multiply(self, codes: Tensor, **epilogue: Any) -> Tensor:
-        """`ops.qlinear` of codes [M, K'] in GEMM order with this layer's weight: [M, N]."""
+        """`ops.qlinear` of codes [M, K'] in GEMM order with this layer's weight: [M, N].
+
+        Args:
+            codes: int8, or packed where the layer `packs_codes`.
+        """
+        if codes.dtype == torch.uint8 and self._nibbles:
+            epilogue["weight_offset"] = self._nibbles[1]
         op = ops.qlinear_packed if self._layout == "packed" else ops.qlinear
         arguments = self._gemm_arguments(codes)
         return op(*arguments, backend=self.backend, **epilogue)  # type: ignore[no-any-return]
@@ -471,6 +506,8 @@ class QuantLinear(_PackedWeight):
         x = torch.empty(1, self.in_features, device=self.packed.device)
         quantizer = (self.x_inv_scale, self.x_zero_point, self.a_bits)
         dispatch.select("quantize", self.backend, x, *quantizer)
+        if self.packs_codes():
+            return "cuda"
         codes = self.in_gemm_order(torch.empty_like(x, dtype=torch.int8))
         return dispatch.select(self.gemm, self.backend, *self._gemm_arguments(codes))
 
@@ -484,6 +521,7 @@ class QuantLinear(_PackedWeight):
                 for v in [getattr(o, f.name)]
             }
             self._operands = GemmOperands(**moved)
+        self._nibbles = None
         return self
 
     def extra_repr(self) -> str:
@@ -626,7 +664,7 @@ class QuantAttention(Attention):
     def quantize(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """Codes of float q, k and v."""
         return [
-            ops.quantize(x, *quantizer, self.qk.backend)
+            ops.quantize(x, *quantizer, backend=self.qk.backend)
             for x, quantizer in zip((q, k, v), self.quantizers(), strict=True)
         ]
 

@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from erq_kernels._triton.launch import Launch, StaticCase
-from erq_kernels._triton.numerics import quantize_to_int8
+from erq_kernels._triton.numerics import pack_pairs, quantize_to_int8
 from erq_kernels._triton.quantize import FLOATS
 
 _TWO_LOG2E = tl.constexpr(2 * 1.4426950408889634)
@@ -181,9 +181,9 @@ def _whole_values(a, b, scale):
 @triton.jit
 def _store(
     y, out, inv_scale, zero_point, rows, first, T, D, stride_ot, stride_od,
-    WIDTH: tl.constexpr, OUT_BITS: tl.constexpr, PER_COLUMN: tl.constexpr,
+    WIDTH: tl.constexpr, OUT_BITS: tl.constexpr, PER_COLUMN: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """fp32 values [rows, WIDTH] or their codes, dimensions first…."""
+    """fp32 values [rows, WIDTH] or their codes, dimensions first…; PACKED: D even."""
     dims = first + tl.arange(0, WIDTH)
     in_d = dims < D
     o = out + rows[:, None] * stride_ot + dims[None, :] * stride_od
@@ -197,7 +197,14 @@ def _store(
         else:
             inv = tl.load(inv_scale)
             zero = tl.load(zero_point)
-        tl.store(o, quantize_to_int8(y, inv, zero, OUT_BITS), mask=inside)
+        codes = quantize_to_int8(y, inv, zero, OUT_BITS)
+        if PACKED:
+            half = first // 2 + tl.arange(0, WIDTH // 2)
+            at = out + rows[:, None] * stride_ot + half[None, :] * stride_od
+            in_half = (rows < T)[:, None] & (half < D // 2)[None, :]
+            tl.store(at, pack_pairs(codes), mask=in_half)
+        else:
+            tl.store(o, codes, mask=inside)
 
 
 @triton.jit
@@ -208,8 +215,8 @@ def qattention_kernel(
     stride_vb, stride_vh, stride_vt, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
     stride_bb, stride_bh, stride_bm, stride_bn,
     QK_BITS: tl.constexpr, AV_BITS: tl.constexpr, ZERO_LAST: tl.constexpr, OUT_BITS: tl.constexpr,
-    PER_COLUMN: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
+    PER_COLUMN: tl.constexpr, PACKED: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """q, k, v int8 [B, H, T, D] → out fp32, or int8 codes if OUT_BITS > 0; bias [n, H, T, T],
     n = bias_batches: those of every n entries of the batch in turn.
@@ -323,12 +330,12 @@ def qattention_kernel(
         y_tail = _whole_values(a_tail, b_tail, y_scale)
     _store(
         y, out, inv_scale, zero_point, rows, 0, T, D, stride_ot, stride_od,
-        BLOCK_D, OUT_BITS, PER_COLUMN,
+        BLOCK_D, OUT_BITS, PER_COLUMN, PACKED,
     )  # fmt: skip
     if TAIL > 0:
         _store(
             y_tail, out, inv_scale, zero_point, rows, BLOCK_D, T, D, stride_ot, stride_od,
-            TAIL, OUT_BITS, PER_COLUMN,
+            TAIL, OUT_BITS, PER_COLUMN, PACKED,
         )  # fmt: skip
 
 
@@ -387,6 +394,7 @@ def _plan(
             "QK_BITS": qk_bits, "AV_BITS": av_bits, "ZERO_LAST": zero_last,
             "OUT_BITS": 0 if out_inv_scale is None else out_bits,
             "PER_COLUMN": out_inv_scale is not None and out_inv_scale.dim() == 1,
+            "PACKED": out.dtype == torch.uint8,
             "CHUNKS": chunks, "LAST": last, "BLOCK_M": block_m, "BLOCK_N": block_n,
             "BLOCK_D": block_d, "TAIL": tail,
         },
@@ -414,10 +422,13 @@ def qattention(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    out_packed: bool = False,
 ) -> Tensor:
     """`reference.qattention`; contiguous [B, T, H, D]."""
     dtype = torch.float32 if out_inv_scale is None else torch.int8
     b, h, t, d = q.shape
+    if out_packed:
+        d, dtype = d // 2, torch.uint8
     out = torch.empty((b, t, h, d), dtype=dtype, device=q.device)
     if out.numel():
         _plan(
@@ -445,6 +456,7 @@ def qattention_why_not(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    out_packed: bool = False,
 ) -> str | None:
     """Why the kernel cannot run these arguments, or None."""
     if q.shape[-1] > _MAX_HEAD_DIM:

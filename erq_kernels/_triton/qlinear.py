@@ -352,8 +352,10 @@ def qlinear(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    weight_offset: Tensor | None = None,
+    out_packed: bool = False,
 ) -> Tensor:
-    """See `ops.qlinear`."""
+    """See `ops.qlinear`; nothing is packed here (`qlinear_why_not`)."""
     (m, k), n = x.shape, weight.shape[0]
     dtype = out_dtype if out_inv_scale is None else torch.int8
     out = torch.empty((m, n), dtype=dtype, device=x.device)
@@ -401,8 +403,12 @@ def qlinear_why_not(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    weight_offset: Tensor | None = None,
+    out_packed: bool = False,
 ) -> str | None:
     """The reason these arguments cannot run here, or None."""
+    if x.dtype == torch.uint8 or out_packed:
+        return "Triton has no 4-bit tensor-core instruction: codes are int8 here, not packed"
     vectors = {"scale": scale, "scale2": scale2, "bias": bias, "layer_scale": layer_scale}
     for name, vector in vectors.items():
         if vector is not None and vector.dtype != torch.float32:
