@@ -137,6 +137,12 @@ def quantize(
     random_weights: RandomWeights = False,
     model_arg: ModelArgs = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Calibration images to draw.")] = 32,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(
+            min=2, max=8, help="Average weight width: chosen per layer by measured errors."
+        ),
+    ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option(
@@ -165,7 +171,7 @@ def quantize(
     from erq.deployment.convert import deploy
     from erq.inputs import preprocessing
     from erq.loading import load_model
-    from erq.report import Output, megabytes
+    from erq.report import Output, bits_table, megabytes
 
     output = Output(json, quiet)
     source = open_images(images)
@@ -173,7 +179,9 @@ def quantize(
     if hasattr(full, "erq_info"):
         raise ValueError(f"{model} is quantized already; name the full-precision model")
     chosen = source.batches(preprocessing(full), source.draw(n, settings.seed))
-    sim = pipeline.quantize(full, chosen, settings, progress=not quiet)
+    sim: Any = pipeline.quantize(
+        full, chosen, settings, target_bits=target_bits, progress=not quiet
+    )
     net = deploy(sim, backend)
     checkpoint.save(net, out)
 
@@ -183,14 +191,22 @@ def quantize(
         "file": out, "size_bytes": size, "fp32_bytes": fp32, "fp16_bytes": fp32 // 2,
         "architecture": header["architecture"], "config": header["config"],
         "calibration": header["calibration"], "sites": len(header["sites"]),
-        "seconds": time.perf_counter() - start,
+        "bits": [s.to_dict() for s in sim.erq_bits], "seconds": time.perf_counter() - start,
     }  # fmt: skip
+    width = f"{settings.w_bits}" if target_bits is None else f"{target_bits:g} on average, "
     said = (
-        f"{out}: {megabytes(size)}, {fp32 / size:.1f}× smaller than fp32 · W{settings.w_bits}"
+        f"{out}: {megabytes(size)}, {fp32 / size:.1f}× smaller than fp32 · W{width}"
         f"A{settings.a_bits} {settings.method} · {len(header['sites'])} sites · "
         f"{header['calibration']['n']} images · {result['seconds']:.1f} s"
     )
-    output.result(result, *([] if quiet else [said]))
+    if quiet:
+        output.result(result)
+    elif sim.erq_bits:
+        output.result(result, bits_table(sim.erq_bits), said)
+    else:
+        output.result(result, said)
+    if images == "synthetic":
+        output.note("calibrated on noise: expect more loss than from 32 real images of the task")
     if source.size < n:
         output.note(f"{images} holds {source.size} images, fewer than --n {n}: all were used")
 

@@ -40,7 +40,8 @@ Source = Annotated[
     typer.Option(
         metavar="SRC",
         help="Folder of images (sub-folders are classes), or .npz / .safetensors with `images` and "
-        "maybe `labels`; FILE:NAME takes another array; demo is the shipped one.",
+        "maybe `labels`; FILE:NAME takes another array; demo is the shipped one, synthetic noise "
+        "for calibration without data.",
     ),
 ]
 Weights = Annotated[

@@ -10,10 +10,11 @@ and solved on the full-precision stream alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
 from time import perf_counter
@@ -33,6 +34,7 @@ from erq.models import Block, ModelAdapter, Site, adapter_for
 from erq.models.info import QuantizedModelInfo
 from erq.models.patches import patches
 from erq.progress import Progress
+from erq.reduce.allocation import WIDTHS, SiteBits, allocate
 from erq.reduce.gram import Gram
 from erq.reduce.site import SiteReport, solve_site
 
@@ -46,6 +48,7 @@ class _Calibration:
     sim: nn.Module
     full: nn.Module
     folds: dict[str, Fold] = field(default_factory=dict)
+    widths: Sequence[int] = ()
     reports: list[SiteReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -104,7 +107,8 @@ class _Calibration:
                 gram.add(x, upstream, params)
         with self.stage("solve"):
             own_config = self.config.for_site(site.name)
-            self.reports.append(solve_site(site, module, gram, own_config, batch_rows))
+            report = solve_site(site, module, gram, own_config, batch_rows, self.widths)
+        self.reports.append(report)
 
 
 def quantize(
@@ -112,6 +116,7 @@ def quantize(
     images: Images,
     config: QuantConfig | str | Mapping[str, Any] = "w4a4",
     *,
+    target_bits: float | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Quantize a Vision Transformer by ERQ from a few unlabelled images.
@@ -121,12 +126,15 @@ def quantize(
         images: float [N, 3, H, W], already normalised, or an iterable of such batches or of
             (batch, label); 32 images are usual, labels are ignored.
         config: a QuantConfig, a preset's name, or a dict of fields.
+        target_bits: average width of a weight, 2..8: widths are chosen per layer, by the errors
+            that a first run with `config` measures; a second run then quantizes. Layers whose width
+            `config.overrides` sets keep it and do not count.
         progress: a bar per stage on a terminal, nothing elsewhere.
 
     Returns:
         The simulated model, called like `model`; `erq_report` holds the error of every site before
         and after each step, `erq_stages` the seconds spent on ranges, Gram matrices, solving and
-        moving the streams.
+        moving the streams, `erq_bits` why each layer has its width (empty without target_bits).
 
     Raises:
         ValueError: bad images or settings. UnsupportedModelError: a model that is not understood.
@@ -138,6 +146,12 @@ def quantize(
     chunks = calibration_chunks(images, adapter.input_shape(model), device)
     calibration = {"n": sum(len(c) for c in chunks), "sha256": _digest(chunks)}
 
+    chosen: list[SiteBits] = []
+    if target_bits is not None:
+        chosen = _choose_bits(model, adapter, settings, chunks, target_bits, progress)
+        given = settings.overrides
+        widths = {s.name: {**given.get(s.name, {}), "w_bits": s.w_bits} for s in chosen}
+        settings = replace(settings, overrides={**given, **widths})
     sim: Any = deepcopy(model).float().eval()
     blocks = insert_simulated(sim, adapter, settings)
     full = _full_precision(model, adapter)
@@ -155,8 +169,35 @@ def quantize(
     )
     sim.erq_report = state.reports
     sim.erq_stages = state.seconds
+    sim.erq_bits = chosen
     simulated: nn.Module = sim
     return simulated
+
+
+def _choose_bits(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    config: QuantConfig,
+    chunks: list[torch.Tensor],
+    target_bits: float,
+    progress: bool,
+) -> list[SiteBits]:
+    """Widths by the errors of one run with `config`."""
+    if isinstance(target_bits, bool) or not isinstance(target_bits, int | float):
+        raise ValueError(f"target_bits must be a number from 2 to 8, got {target_bits!r}")
+    allocate([], {}, target_bits)  # refuses a target out of range before minutes of work
+    sim = deepcopy(model).float().eval()
+    blocks = insert_simulated(sim, adapter, config)
+    with torch.no_grad(), _full_fp32():
+        full = _full_precision(model, adapter)
+        _check_size(adapter, full, chunks[0][:1])
+        state = _run(adapter, config, sim, full, blocks, chunks, progress, WIDTHS)
+    fixed = [glob for glob, values in config.overrides.items() if "w_bits" in values]
+    free = [r for r in state.reports if not any(fnmatchcase(r.name, glob) for glob in fixed)]
+    if not free:
+        raise ValueError("target_bits finds no layer to decide on: overrides set all their widths")
+    modules: Any = {r.name: sim.get_submodule(r.name) for r in free}
+    return allocate(free, {n: m.weight.numel() for n, m in modules.items()}, target_bits)
 
 
 def _run(
@@ -167,8 +208,9 @@ def _run(
     blocks: list[Block],
     chunks: list[torch.Tensor],
     progress: bool,
+    widths: Sequence[int] = (),
 ) -> _Calibration:
-    state = _Calibration(adapter, config, sim, full)
+    state = _Calibration(adapter, config, sim, full, widths=widths)
     stream, full_stream = Stream(list(chunks)), Stream(list(chunks))
     sequential = config.upstream == "quantized"
     if not sequential:

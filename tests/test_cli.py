@@ -136,6 +136,28 @@ def test_quantize_takes_other_methods(place: Workplace, tmp_path: Path, method: 
     assert erq.inspect(out)["config"]["method"] == method
 
 
+def test_quantize_to_an_average_width_says_why(place: Workplace, tmp_path: Path) -> None:
+    out = tmp_path / "q.safetensors"
+    args = ("quantize", *RANDOM, "--images", place.npz, "--n", "4", "--out", out)
+    done = succeed(*args, "--target-bits", "4.5")
+    assert "4.5 on average" in done.out and "gain" in done.out
+    assert "blocks.0.attn.qkv" in done.out
+    result = succeed(*args, "--target-bits", "4.5", "--json").json()
+    sites = erq.inspect(out)["sites"]
+    for row in result["bits"]:
+        assert sites[row["name"]]["bits"] == row["w_bits"]
+        assert set(row["errors"]) == {str(b) for b in range(2, 9)}
+    total = sum(r["weights"] for r in result["bits"])
+    assert 4 < sum(r["weights"] * r["w_bits"] for r in result["bits"]) / total <= 4.5
+
+
+def test_quantize_without_data(place: Workplace, tmp_path: Path) -> None:
+    out = tmp_path / "q.safetensors"
+    done = succeed("quantize", *RANDOM, "--images", "synthetic", "--n", "4", "--out", out)
+    assert "calibrated on noise" in done.err
+    assert erq.inspect(out)["calibration"]["n"] == 4
+
+
 def test_quantize_as_published(place: Workplace, tmp_path: Path) -> None:
     out = tmp_path / "q.safetensors"
     succeed("quantize", *RANDOM, "--images", place.npz, "--n", "4", "--out", out, "--paper")
