@@ -85,7 +85,6 @@ class _Calibration:
         assert isinstance(module, SimLinear | SimConv2d)
         fold = self.folds.get(site.norm) if site.norm is not None else None
         conv = module if isinstance(module, SimConv2d) else None
-        params = module.x_params if isinstance(module, SimLinear) else None
         gram = Gram(module.weight.shape[1], module.weight.device)
         batch_rows = False
         reference_site = self.full.get_submodule(site.name)
@@ -104,7 +103,7 @@ class _Calibration:
                     x = fold.apply(x)
                 elif fold is not None and upstream is not None:
                     upstream = fold.apply(upstream)
-                gram.add(x, upstream, params)
+                gram.add(x, upstream, module.x_params)
         with self.stage("solve"):
             own_config = self.config.for_site(site.name)
             report = solve_site(site, module, gram, own_config, batch_rows, self.widths)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from erq.calib.simulate import SimConv2d, SimLinear
-from erq.config import QuantConfig
+from erq.config import FLOAT_BITS, QuantConfig
 from erq.models import Site
 from erq.quant import DualAffineParams, WeightParams, dequantize, quantize
 from erq.quant.fit import fit_dual_weight, fit_weight
@@ -118,9 +118,7 @@ def solve_site(
     module.w_params = params
     module.set_weight(dequantize(codes, params), new_bias.float() if has_bias else None)
     module.freeze()
-    a_bits = 16
-    if isinstance(module, SimLinear) and module.x_params is not None:
-        a_bits = module.x_params.bits
+    a_bits = FLOAT_BITS if module.x_params is None else module.x_params.bits
     scheme = "dual" if isinstance(params, DualAffineParams) else "affine"
     return SiteReport(
         site.name, site.kind, config.w_bits, a_bits, scheme, nearest=by_width, **errors
