@@ -1,4 +1,5 @@
-"""The command line: `erq demo | quantize | eval | bench | inspect | predict | info`.
+"""The command line: `erq demo | quantize | eval | report | bench | inspect | predict | models |
+info`.
 
 Exit codes: 0 success, 2 bad usage, 1 failure, 130 interrupted. What goes wrong is one line on
 stderr; `--debug` adds the traceback. What imports torch is imported by the commands that need it.
@@ -357,6 +358,26 @@ def predict(
     ]
     found = [{"image": path, "top": top} for path, top in zip(pictures, tops, strict=True)]
     Output(json, quiet).result({"predictions": found}, *tables)
+
+
+@app.command()
+def models(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Which models are covered, and which are refused by name."""
+    from dataclasses import asdict
+
+    from erq.models.coverage import COVERED, REFUSED
+    from erq.report import Output, make_table
+
+    covered = [(c.library, c.names, c.what) for c in COVERED]
+    refused = [asdict(r) for r in REFUSED]
+    names = [tuple(r.values()) for r in refused]
+    columns = ("library", "names", "what")
+    values = {"covered": [dict(zip(columns, c, strict=True)) for c in covered], "refused": refused}
+    Output(json, quiet).result(
+        values,
+        make_table("Covered: quantized, deployed and reloaded alike", columns, covered, left=3),
+        make_table("Refused by name", ("library", "names", "why"), names, left=3),
+    )
 
 
 @app.command()

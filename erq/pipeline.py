@@ -30,7 +30,7 @@ from erq.calib.reparam import Fold
 from erq.calib.simulate import SimConv2d, SimLinear
 from erq.config import QuantConfig, as_config
 from erq.data import Images, calibration_chunks
-from erq.models import Block, ModelAdapter, Site, adapter_for
+from erq.models import Block, ModelAdapter, Site, adapter_for, carry_over
 from erq.models.info import QuantizedModelInfo
 from erq.models.patches import patches
 from erq.progress import Progress
@@ -121,7 +121,8 @@ def quantize(
     """Quantize a Vision Transformer by ERQ from a few unlabelled images.
 
     Args:
-        model: a timm model that `erq.models` understands; it is not changed.
+        model: a timm, torchvision or transformers model that `erq.models` understands; it is not
+            changed. What a transformers model gives is called with pixels alone and returns logits.
         images: float [N, 3, H, W], already normalised, or an iterable of such batches or of
             (batch, label); 32 images are usual, labels are ignored.
         config: a QuantConfig, a preset's name, or a dict of fields.
@@ -139,6 +140,7 @@ def quantize(
         ValueError: bad images or settings. UnsupportedModelError: a model that is not understood.
     """
     settings = as_config(config)
+    model = carry_over(model)
     adapter = adapter_for(model)
     arch_kwargs = adapter.describe(model)
     device = next(model.parameters()).device
