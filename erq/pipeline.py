@@ -16,7 +16,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -30,7 +29,7 @@ from erq.calib.reparam import Fold
 from erq.calib.simulate import SimConv2d, SimLinear
 from erq.config import QuantConfig, as_config
 from erq.data import Images, calibration_chunks
-from erq.models import Block, ModelAdapter, Site, adapter_for, carry_over
+from erq.models import Block, ModelAdapter, Site, adapter_for, carry_over, prepared_twin
 from erq.models.info import QuantizedModelInfo
 from erq.models.patches import patches
 from erq.progress import Progress
@@ -246,11 +245,7 @@ def _full_precision(model: nn.Module, adapter: ModelAdapter) -> nn.Module:
     )
     if plain and adapter.raw_sites:
         return model
-    shared = {id(t): t for t in chain(model.parameters(), model.buffers())} if plain else {}
-    full = deepcopy(model, shared).float().eval()
-    if not adapter.raw_sites:
-        adapter.prepare(full)
-    return full
+    return deepcopy(model).float().eval() if adapter.raw_sites else prepared_twin(model)
 
 
 def _check_size(adapter: ModelAdapter, model: nn.Module, image: torch.Tensor) -> None:

@@ -122,6 +122,13 @@ def evaluation_table(title: str, name: str, e: Evaluation) -> Table:
     return make_table(title, columns, [row])
 
 
+def site_table(quality: Mapping[str, float], images: int) -> Table:
+    """Closeness of every layer to full precision, as `site_sqnr` found it."""
+    rows = [(name, number(db, 1)) for name, db in quality.items()]
+    title = f"Output of every layer against full precision, {images} images"
+    return make_table(title, ("layer", "SQNR dB"), rows)
+
+
 def timing_table(title: str, timings: Sequence[Timing]) -> Table:
     """A row per measurement; the first of each batch size is what the others are compared with."""
     first: dict[int, float] = {}

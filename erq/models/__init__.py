@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from itertools import chain
+
+import torch
 from torch import nn
 
 from erq.models.sites import Block, ModelAdapter, Site, UnsupportedModelError
@@ -24,6 +28,7 @@ __all__ = [
     "adapter_for",
     "adapter_named",
     "carry_over",
+    "prepared_twin",
 ]
 
 
@@ -64,6 +69,20 @@ def carry_over(model: nn.Module) -> nn.Module:
     from erq.models.transformers_vit import is_transformers, to_timm
 
     return to_timm(model) if is_transformers(model) else model
+
+
+def prepared_twin(model: nn.Module) -> nn.Module:
+    """`model` in fp32 with every site a module, in evaluation mode; fp32 tensors are shared.
+
+    Raises:
+        UnsupportedModelError: a model that is not understood.
+    """
+    adapter = adapter_for(model)
+    plain = all(p.dtype == torch.float32 for p in model.parameters())
+    shared = {id(t): t for t in chain(model.parameters(), model.buffers())} if plain else {}
+    twin = deepcopy(model, shared).float().eval()
+    adapter.prepare(twin)
+    return twin
 
 
 def adapter_named(family: str) -> ModelAdapter:

@@ -39,13 +39,15 @@ class Refused:
 def _timm_vit(**changes: Any) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(**_VIT | changes)
+    model: nn.Module = VisionTransformer(**_VIT | changes)
+    return model
 
 
 def _timm_distilled() -> nn.Module:
     from timm.models.deit import VisionTransformerDistilled
 
-    return VisionTransformerDistilled(**_VIT)
+    model: nn.Module = VisionTransformerDistilled(**_VIT)
+    return model
 
 
 def _timm_swin(**changes: Any) -> nn.Module:
@@ -55,7 +57,8 @@ def _timm_swin(**changes: Any) -> nn.Module:
         "img_size": 16, "patch_size": 2, "num_classes": 5, "embed_dim": 32, "depths": (2, 2),
         "num_heads": (2, 4), "window_size": 4, "mlp_ratio": 2.0,
     }  # fmt: skip
-    return SwinTransformer(**settings | changes)
+    model: nn.Module = SwinTransformer(**settings | changes)
+    return model
 
 
 def _torchvision_vit() -> nn.Module:
