@@ -30,6 +30,7 @@ p, figcaption { color: var(--soft); margin: .25rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: right; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child { text-align: left } th { color: var(--soft); font-weight: 500 }
+.facts td { text-align: left } .facts td:first-child { color: var(--soft) }
 pre { background: color-mix(in srgb, var(--line) 35%, transparent); padding: .8rem;
   overflow-x: auto; border-radius: 6px; font-size: 13px }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink) } svg .soft { fill: var(--soft) }
@@ -302,6 +303,9 @@ def to_html(title: str, parts: Sequence[Section]) -> str:
 
 
 def _html_table(part: Section) -> str:
+    if not any(part.columns):
+        facts = "".join(f"<tr><td>{escape(a)}</td><td>{escape(b)}</td></tr>" for a, b in part.rows)
+        return f'<table class="facts"><tbody>{facts}</tbody></table>'
     head = "".join(f"<th>{escape(c)}</th>" for c in part.columns)
     rows = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in part.rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
