@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # `as` makes the names part of the typed surface
     from erq.deployment.network import swap_linears as swap_linears
     from erq.evaluation import Evaluation as Evaluation
     from erq.evaluation import evaluate as evaluate
+    from erq.graphs import CudaGraphs as CudaGraphs
     from erq.models import UnsupportedModelError as UnsupportedModelError
     from erq.pipeline import quantize as quantize
     from erq.timing import Timing as Timing
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # `as` makes the names part of the typed surface
 _PUBLIC = {
     "BackendError": "erq_kernels.dispatch",
     "CheckpointError": "erq.deployment.checkpoint",
+    "CudaGraphs": "erq.graphs",
     "Evaluation": "erq.evaluation",
     "QuantConfig": "erq.config",
     "QuantLinear": "erq.deployment.modules",

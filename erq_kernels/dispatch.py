@@ -83,7 +83,14 @@ def why_not(op: str, backend: str, *args: Any, **kwargs: Any) -> str | None:
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str]:
-    """For each backend "usable", or the reason it cannot run `op` with these arguments."""
+    """For each backend "usable", or the reason it cannot run `op` with these arguments.
+
+    Raises:
+        ValueError: an unknown op.
+    """
+    known = sorted({name for name, _ in _kernels})
+    if op not in known:
+        raise ValueError(f"unknown op {op!r}; choose one of {', '.join(known)}")
     return {b: why_not(op, b, *args, **kwargs) or "usable" for b in ORDER}
 
 

@@ -72,7 +72,7 @@ def layer_norm_quantize(
     inv_scale: Tensor,
     zero_point: Tensor,
     bits: int,
-    order: Tensor | None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """LayerNorm over the last dimension, then `quantize`, in the column order of the next GEMM.
 
@@ -302,10 +302,10 @@ def dequant_linear(
     bits: int,
     scale: Tensor,
     zero_point: Tensor,
-    scale2: Tensor | None,
-    zero_point2: Tensor | None,
-    columns: Tensor | None,
-    bias: Tensor | None,
+    scale2: Tensor | None = None,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """x @ Wᵀ + bias with W read from its packed codes; activations stay float.
 

@@ -297,10 +297,10 @@ def dequant_linear(
     bits: int,
     scale: Tensor,
     zero_point: Tensor,
-    scale2: Tensor | None,
-    zero_point2: Tensor | None,
-    columns: Tensor | None,
-    bias: Tensor | None,
+    scale2: Tensor | None = None,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`reference.dequant_linear`; contiguous [M, N] of x's dtype."""
     m, k = x.shape
@@ -324,10 +324,10 @@ def dequant_linear_why_not(
     bits: int,
     scale: Tensor,
     zero_point: Tensor,
-    scale2: Tensor | None,
-    zero_point2: Tensor | None,
-    columns: Tensor | None,
-    bias: Tensor | None,
+    scale2: Tensor | None = None,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> str | None:
     """Why the kernel cannot run these arguments, or None."""
     if x.dtype not in FLOATS:

@@ -95,7 +95,7 @@ def _plan(
     inv_scale: Tensor,
     zero_point: Tensor,
     bits: int,
-    order: Tensor | None,
+    order: Tensor | None = None,
 ) -> Launch:
     """The launch for x [M, K], M and K >= 1."""
     m, k = x.shape
@@ -127,7 +127,7 @@ def layer_norm_quantize(
     inv_scale: Tensor,
     zero_point: Tensor,
     bits: int,
-    order: Tensor | None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """`reference.layer_norm_quantize`; that `order` holds channels of x is not checked here."""
     columns = x.shape[1] if order is None else order.shape[0]
@@ -148,7 +148,7 @@ def layer_norm_quantize_why_not(
     inv_scale: Tensor,
     zero_point: Tensor,
     bits: int,
-    order: Tensor | None,
+    order: Tensor | None = None,
 ) -> str | None:
     """Why the kernel cannot run these arguments, or None."""
     if x.dtype not in FLOATS:

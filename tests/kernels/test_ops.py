@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from erq_kernels import formats, ops, reference
+from erq_kernels import explain, formats, ops, reference
 
 B, H, T, D = 2, 2, 5, 4
 M, K, N = 6, 12, 7
@@ -386,6 +386,18 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"zero_point": torch.full((N,), 200).int()}, r"zero_point: weight code − zero_point must"),
     ],
 }
+
+
+@pytest.mark.parametrize("op", MAKE)
+def test_explain_takes_what_the_op_takes(op: str, device: torch.device) -> None:
+    schema = getattr(torch.ops.erq, op).default._schema
+    required = {a.name for a in schema.arguments if not a.has_default_value()}
+    made = MAKE[op]()
+    reasons = explain(op, *(made[a.name] for a in schema.arguments if a.name in required))
+    assert reasons["reference"] == reasons["triton"] == "usable"
+    assert explain(op, **made)["triton"] == "usable"
+
+
 REFUSALS = [(op, change, text) for op, rows in BAD.items() for change, text in rows]
 
 
@@ -402,7 +414,6 @@ def test_bad_argument_is_one_value_error(op: str, change: dict[str, Any], text: 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("op", [op for op in MAKE if op not in ("pack", "unpack")])
 def test_tensors_of_one_call_live_on_one_device(op: str) -> None:
     args = MAKE[op]()
