@@ -27,7 +27,7 @@ def check_range(codes: Tensor, bits: int) -> None:
     """Raise ValueError unless every code lies in 0..2**bits − 1."""
     if not codes.numel():
         return
-    ordered = codes.to(torch.uint8) if codes.dtype == torch.bool else codes
+    ordered = codes if codes.dtype in (torch.uint8, torch.int8) else codes.to(torch.int64)
     low, high = (int(c) for c in ordered.aminmax())
     if low < 0 or high >= 1 << bits:
         raise ValueError(
