@@ -152,9 +152,8 @@ def main() -> None:
                     | {"floor_ms": round(floor, 4)}
                     | {"int8_gops": round(operations_rate / 1e9), "copy_gb_s": byte_rate / 1e9}
                 )
-            print(
-                f"       int8 GEMM {operations_rate / 1e9:.0f} GOP/s, copy {byte_rate / 1e9:.0f} GB/s"
-            )
+            rates = f"int8 GEMM {operations_rate / 1e9:.0f} GOP/s, copy {byte_rate / 1e9:.0f} GB/s"
+            print(f"{'':>7}{rates}")
     print(f"rows in {results.path}")
 
 

@@ -28,6 +28,9 @@ from erq_kernels import dispatch, formats
 VARIANTS = ("plain", "avx2", "avx512")
 """Instruction sets, in the order of csrc/erq_cpu.h."""
 
+# Of what is allocated here, also where another default device is set.
+_CPU = torch.device("cpu")
+
 PATH = Path(__file__).with_name("liberq_cpu.so")
 _ABI = 1
 
@@ -46,6 +49,10 @@ _QUANTIZE = struct.Struct("11q")
 _ATTENTION = struct.Struct("38q")
 _DEQUANT_LINEAR = struct.Struct("17q")
 _STREAM = struct.Struct("6q")
+
+
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 @dataclass(frozen=True)
@@ -216,6 +223,12 @@ class _PackedWeight:
     packed: Tensor
 
 
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two int8 matrices of one shape hold the same; torch.equal takes ten times as long."""
+    b = b.contiguous()
+    return bool(_memcmp(a.data_ptr(), b.data_ptr(), b.numel()) == 0)
+
+
 # id of the source → its packed form; an entry goes with its source.
 _packed_weights: dict[int, _PackedWeight] = {}
 
@@ -231,14 +244,14 @@ def _packed_weight(weight: Tensor, split: int, instructions: int) -> Tensor:
         entry is not None
         and entry.state == state
         and entry.source() is weight
-        and (entry.original is None or torch.equal(entry.original, weight))
+        and (entry.original is None or _same_bytes(entry.original, weight))
     ):
         return entry.packed
     library = _library()
     n, k = weight.shape
     rows = weight.contiguous()
     size = library.packed_bytes(n, k, split, instructions)
-    packed = torch.empty(size, dtype=torch.uint8)
+    packed = torch.empty(size, dtype=torch.uint8, device=_CPU)
     library.pack_weight(
         _PACK_WEIGHT.pack(rows.data_ptr(), n, k, split, packed.data_ptr(), instructions)
     )
@@ -248,7 +261,7 @@ def _packed_weight(weight: Tensor, split: int, instructions: int) -> Tensor:
         if current is not None and current.source is source:
             del _packed_weights[key]
 
-    original = None if counted else weight.clone()
+    original = None if counted else weight.clone(memory_format=torch.contiguous_format)
     source = weakref.ref(weight, forget)
     _packed_weights[key] = _PackedWeight(source, state, original, packed)
     return packed
@@ -284,7 +297,7 @@ def qlinear(
         residual = _rows_in_place(residual)
         residual_stride, residual_type = residual.stride(0), _TYPES[residual.dtype]
     dtype = out_dtype if held is None else torch.int8
-    out = torch.empty((m, n), dtype=dtype)
+    out = torch.empty((m, n), dtype=dtype, device=_CPU)
     library.qlinear(
         _QLINEAR.pack(
             x.data_ptr(), x.stride(0), packed.data_ptr(), m, n, k, split, scale.data_ptr(),
@@ -318,7 +331,7 @@ def layer_norm_quantize(
     quantizer, held = _quantizer(inv_scale, zero_point, bits)
     order = None if order is None else order.contiguous()
     columns = k if order is None else order.shape[0]
-    out = torch.empty((m, columns), dtype=torch.int8)
+    out = torch.empty((m, columns), dtype=torch.int8, device=_CPU)
     wrong = library.layer_norm_quantize(
         _LAYER_NORM.pack(
             x.data_ptr(), x.stride(0), _TYPES[x.dtype], m, k, weight.data_ptr(), bias.data_ptr(),
@@ -339,7 +352,7 @@ def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int) -> Ten
     quantizer, held = _quantizer(inv_scale, zero_point, bits)
     k = x.shape[-1] if inv_scale.dim() else x.numel()
     m = x.numel() // k if k else 0
-    out = torch.empty(x.shape, dtype=torch.int8)
+    out = torch.empty(x.shape, dtype=torch.int8, device=_CPU)
     library.quantize(
         _QUANTIZE.pack(
             x.data_ptr(), _TYPES[x.dtype], m, k, *quantizer, out.data_ptr(),
@@ -377,7 +390,9 @@ def qattention(
         bias = bias.float().expand(b, h, t, t)
         bias_strides = bias.stride()
     quantizer, held = _quantizer(out_inv_scale, out_zero_point, out_bits)
-    out = torch.empty((b, t, h, d), dtype=torch.float32 if held is None else torch.int8)
+    out = torch.empty(
+        (b, t, h, d), dtype=torch.float32 if held is None else torch.int8, device=_CPU
+    )
     library.attention(
         _ATTENTION.pack(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), *q.stride()[:3], *k.stride()[:3],
@@ -421,7 +436,7 @@ def dequant_linear(
         if low < 0 or high >= k:
             raise IndexError(f"columns must lie in 0..{k - 1}, got {low}..{high}")
     is_few = 0 < m <= _FEW_ROWS and k > 0
-    out = torch.empty((m, n) if is_few else (n, k))
+    out = torch.empty((m, n) if is_few else (n, k), device=_CPU)
     stream, *params = (_address(p) for p in kept)
     library.dequant_linear(
         _DEQUANT_LINEAR.pack(
@@ -443,7 +458,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     formats.check_range(codes, bits)
     flat = codes.to(torch.uint8).reshape(-1).contiguous()
-    packed = torch.empty(formats.packed_size(flat.numel(), bits), dtype=torch.uint8)
+    packed = torch.empty(formats.packed_size(flat.numel(), bits), dtype=torch.uint8, device=_CPU)
     library, instructions, threads = _library(), _variant_index(), torch.get_num_threads()
     library.pack(
         _STREAM.pack(flat.data_ptr(), packed.data_ptr(), flat.numel(), bits, threads, instructions)
@@ -459,7 +474,7 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     """
     formats.check_stream(packed, bits, prod(shape))
     packed = packed.contiguous()
-    codes = torch.empty(shape, dtype=torch.uint8)
+    codes = torch.empty(shape, dtype=torch.uint8, device=_CPU)
     library, instructions, threads = _library(), _variant_index(), torch.get_num_threads()
     library.unpack(
         _STREAM.pack(
@@ -487,7 +502,7 @@ def _why_not(op: str, *args: Any, **kwargs: Any) -> str | None:
     if isinstance(library, str):
         return library
     for a in (*args, *kwargs.values()):
-        if isinstance(a, Tensor) and a.device.type != "cpu":
+        if isinstance(a, Tensor) and not a.is_cpu:
             return f"needs tensors on the CPU, got one on {a.device}"
     return _REFUSALS[op](*args, **kwargs)
 

@@ -8,6 +8,7 @@ last argument `backend` forces one. The arithmetic is defined in `erq_kernels.re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -25,15 +26,46 @@ def _run(op: str, backend: str, *args: Any) -> Tensor:
     return result.contiguous()
 
 
+class _Op:
+    """A function as the torch op `erq::<its name>`, called past torch's dispatcher where that only
+    costs time (some 20 µs a call): where nothing records, traces, transforms or profiles.
+    """
+
+    def __init__(self, run: Callable[..., Tensor]) -> None:
+        update_wrapper(self, run)
+        self._run = run
+        self._op = torch.library.custom_op(f"erq::{run.__name__}", run, mutates_args=())
+        self.register_fake = self._op.register_fake
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if type(first) is Tensor and _is_plain_eager():
+            return self._run(*args, **kwargs)
+        return self._op(*args, **kwargs)
+
+
+def _is_plain_eager() -> bool:
+    """Whether an op called now is only to be run."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
 
 def _check_codes(name: str, x: Tensor, dim: int | None = None) -> None:
-    _require(x.dtype == torch.int8, f"{name} must hold int8 codes, got {x.dtype}")
-    if dim is not None:
-        _require(x.dim() == dim, f"{name} must have {dim} dimensions, got {list(x.shape)}")
+    if x.dtype != torch.int8:
+        raise ValueError(f"{name} must hold int8 codes, got {x.dtype}")
+    if dim is not None and x.dim() != dim:
+        raise ValueError(f"{name} must have {dim} dimensions, got {list(x.shape)}")
 
 
 def _check_bits(bits: int, lowest: int = 2) -> None:
@@ -41,41 +73,33 @@ def _check_bits(bits: int, lowest: int = 2) -> None:
 
 
 def _check_float(name: str, x: Tensor | None, *shape: int) -> None:
-    if x is not None:
-        _require(
-            x.is_floating_point() and tuple(x.shape) == shape,
-            f"{name} must be float {list(shape)}, got {x.dtype} {list(x.shape)}",
-        )
+    if x is not None and not (x.is_floating_point() and x.shape == shape):
+        raise ValueError(f"{name} must be float {list(shape)}, got {x.dtype} {list(x.shape)}")
 
 
 def _check_vector(
     name: str, x: Tensor | None, rows: int, dtype: torch.dtype = torch.float32
 ) -> None:
-    if x is not None:
-        _require(
-            x.dtype == dtype and tuple(x.shape) == (rows,),
-            f"{name} must be {dtype} [{rows}], got {x.dtype} {list(x.shape)}",
-        )
+    if x is not None and not (x.dtype == dtype and x.shape == (rows,)):
+        raise ValueError(f"{name} must be {dtype} [{rows}], got {x.dtype} {list(x.shape)}")
 
 
 def _check_scalar(name: str, x: Tensor, dtype: torch.dtype = torch.float32) -> None:
-    _require(
-        x.dtype == dtype and x.dim() == 0,
-        f"{name} must be {dtype} [], got {x.dtype} {list(x.shape)}",
-    )
+    if not (x.dtype == dtype and x.dim() == 0):
+        raise ValueError(f"{name} must be {dtype} [], got {x.dtype} {list(x.shape)}")
 
 
 def _check_quantizer(inv_scale: Tensor, zero_point: Tensor, columns: int, name: str) -> None:
-    _require(
-        inv_scale.dtype == torch.float32 and zero_point.dtype == torch.int32,
-        f"{name}: inv_scale must be float32 and zero_point int32, got {inv_scale.dtype} and "
-        f"{zero_point.dtype}",
-    )
-    _require(
-        inv_scale.shape == zero_point.shape and tuple(inv_scale.shape) in ((), (columns,)),
-        f"{name}: inv_scale and zero_point must both be [] or [{columns}], got "
-        f"{list(inv_scale.shape)} and {list(zero_point.shape)}",
-    )
+    if not (inv_scale.dtype == torch.float32 and zero_point.dtype == torch.int32):
+        raise ValueError(
+            f"{name}: inv_scale must be float32 and zero_point int32, got {inv_scale.dtype} and "
+            f"{zero_point.dtype}"
+        )
+    if not (inv_scale.shape == zero_point.shape and inv_scale.shape in ((), (columns,))):
+        raise ValueError(
+            f"{name}: inv_scale and zero_point must both be [] or [{columns}], got "
+            f"{list(inv_scale.shape)} and {list(zero_point.shape)}"
+        )
 
 
 def _check_output_quantizer(
@@ -92,15 +116,17 @@ def _check_output_quantizer(
 
 
 def _check_device(x: Tensor, *others: Tensor | None) -> None:
+    index = x.get_device()  # an int, −1 for the CPU and others alike: cheaper than the device
     for other in others:
-        if other is not None:
-            _require(
-                other.device == x.device,
-                f"all tensors of one call live on one device, got {x.device} and {other.device}",
+        if other is None or (other.get_device() == index and (index >= 0 or other.is_cpu)):
+            continue
+        if other.device != x.device:
+            raise ValueError(
+                f"all tensors of one call live on one device, got {x.device} and {other.device}"
             )
 
 
-@torch.library.custom_op("erq::quantize", mutates_args=())
+@_Op
 def quantize(
     x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int, backend: str = "auto"
 ) -> Tensor:
@@ -127,7 +153,7 @@ def _(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int, backend: str 
     return torch.empty(x.shape, dtype=torch.int8, device=x.device)
 
 
-@torch.library.custom_op("erq::layer_norm_quantize", mutates_args=())
+@_Op
 def layer_norm_quantize(
     x: Tensor,
     weight: Tensor,
@@ -184,7 +210,7 @@ def _(
     return torch.empty((x.shape[0], columns), dtype=torch.int8, device=x.device)
 
 
-@torch.library.custom_op("erq::qlinear", mutates_args=())
+@_Op
 def qlinear(
     x: Tensor,
     weight: Tensor,
@@ -262,7 +288,7 @@ def _(
     return torch.empty((x.shape[0], weight.shape[0]), dtype=dtype, device=x.device)
 
 
-@torch.library.custom_op("erq::qattention", mutates_args=())
+@_Op
 def qattention(
     q: Tensor,
     k: Tensor,
@@ -354,7 +380,7 @@ def _(
     return torch.empty((b, t, h, d), dtype=dtype, device=q.device)
 
 
-@torch.library.custom_op("erq::dequant_linear", mutates_args=())
+@_Op
 def dequant_linear(
     x: Tensor,
     packed: Tensor,
@@ -423,7 +449,7 @@ def _(
     return x.new_empty((x.shape[0], scale.shape[0]))
 
 
-@torch.library.custom_op("erq::pack", mutates_args=())
+@_Op
 def pack(codes: Tensor, bits: int, backend: str = "auto") -> Tensor:
     """Dense bit stream of codes; see `formats.pack`.
 
@@ -450,7 +476,7 @@ def _(codes: Tensor, bits: int, backend: str = "auto") -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=codes.device)
 
 
-@torch.library.custom_op("erq::unpack", mutates_args=())
+@_Op
 def unpack(packed: Tensor, bits: int, shape: Sequence[int], backend: str = "auto") -> Tensor:
     """Codes of a dense bit stream; see `formats.unpack`.
 
@@ -473,7 +499,7 @@ def _(packed: Tensor, bits: int, shape: Sequence[int], backend: str = "auto") ->
     return torch.empty(tuple(shape), dtype=torch.uint8, device=packed.device)
 
 
-@torch.library.custom_op("erq::repack", mutates_args=())
+@_Op
 def repack(
     packed: Tensor,
     bits: int,

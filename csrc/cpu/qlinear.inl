@@ -1,7 +1,8 @@
 // Integer GEMM with its epilogue, for one variant.
 //
-// The packed weight: −kShift · Σ_k w of each segment, int32 [N] twice, then panels of kPanel
-// columns, each [groups of segment 1, then of segment 2][kPanel][kGroup].
+// The packed weight: how many columns of each segment are not padding (zeros in every row at the
+// segment's end), −kShift · Σ_k w of each segment, int32 [N] twice, then panels of kPanel columns,
+// each [groups of segment 1, then of segment 2][kPanel][kGroup].
 
 namespace erq {
 namespace ERQ_VARIANT {
@@ -10,36 +11,54 @@ namespace ERQ_VARIANT {
 constexpr int64_t kTaskRows = 48;
 
 struct Packed {
+  int64_t k1, k2;  // columns that are multiplied
   int64_t groups1, groups2, columns;
-  explicit Packed(int64_t n, int64_t k, int64_t split)
-      : groups1(ceil_div(split, kGroup)),
-        groups2(ceil_div(k - split, kGroup)),
+  Packed(int64_t n, int64_t first, int64_t second)
+      : k1(first),
+        k2(second),
+        groups1(ceil_div(first, kGroup)),
+        groups2(ceil_div(second, kGroup)),
         columns(round_up(n, kPanel)) {}
+  explicit Packed(const ErqQlinear &a)
+      : Packed(a.n, static_cast<const int64_t *>(a.packed)[0],
+               static_cast<const int64_t *>(a.packed)[1]) {}
   int64_t panel_bytes() const { return (groups1 + groups2) * kPanel * kGroup; }
   int64_t sums_bytes() const { return round_up(columns * 4, kLine); }
-  int64_t bytes() const { return 2 * sums_bytes() + columns / kPanel * panel_bytes(); }
+  int64_t bytes() const { return kLine + 2 * sums_bytes() + columns / kPanel * panel_bytes(); }
   template <typename T>
   T *sums(T *base, int segment) const {
-    return base + segment * (sums_bytes() / 4);
+    return base + (kLine + segment * sums_bytes()) / 4;
   }
   template <typename T>
   T *panel(T *base, int64_t i) const {
-    return base + 2 * sums_bytes() + i * panel_bytes();
+    return base + kLine + 2 * sums_bytes() + i * panel_bytes();
   }
 };
 
-int64_t packed_bytes(int64_t n, int64_t k, int64_t split) { return Packed(n, k, split).bytes(); }
+// Columns first..last−1 without those at the end that are zero in every row.
+inline int64_t without_padding(const ErqPackWeight &a, int64_t first, int64_t last) {
+  for (; last > first; --last)
+    for (int64_t n = 0; n < a.n; ++n)
+      if (a.weight[n * a.k + last - 1] != 0) return last - first;
+  return 0;
+}
+
+int64_t packed_bytes(int64_t n, int64_t k, int64_t split) {
+  return Packed(n, split, k - split).bytes();
+}
 
 void pack_weight(const ErqPackWeight &a) {
-  const Packed layout(a.n, a.k, a.split);
+  const Packed layout(a.n, without_padding(a, 0, a.split), without_padding(a, a.split, a.k));
   int32_t *base = static_cast<int32_t *>(a.packed);
   int8_t *bytes = static_cast<int8_t *>(a.packed);
-  memset(a.packed, 0, static_cast<size_t>(2 * layout.sums_bytes()));
+  memset(a.packed, 0, static_cast<size_t>(kLine + 2 * layout.sums_bytes()));
+  static_cast<int64_t *>(a.packed)[0] = layout.k1;
+  static_cast<int64_t *>(a.packed)[1] = layout.k2;
   for (int64_t n = 0; n < a.n; n += kPanel) {
     const int64_t count = a.n - n < kPanel ? a.n - n : kPanel;
     int8_t *panel = layout.panel(bytes, n / kPanel);
     for (int segment = 0; segment < 2; ++segment) {
-      const int64_t first = segment ? a.split : 0, k = segment ? a.k - a.split : a.split;
+      const int64_t first = segment ? a.split : 0, k = segment ? layout.k2 : layout.k1;
       int32_t *sums = layout.sums(base, segment) + n;
       pack_panel(a.weight + n * a.k + first, a.k, count, k,
                  panel + (segment ? layout.groups1 * kPanel * kGroup : 0), sums);
@@ -145,8 +164,8 @@ void multiply_block(const ErqQlinear &a, const Packed &layout, int64_t row, int6
 
   for (int64_t r = 0; r < rows; ++r) {
     const int8_t *from = a.x + (row + r) * a.x_stride;
-    widen_row(from, x + r * lda, a.split);
-    if (k2) widen_row(from + a.split, x + r * lda + k1, a.k - a.split);
+    widen_row(from, x + r * lda, layout.k1);
+    if (k2) widen_row(from + a.split, x + r * lda + k1, layout.k2);
   }
   const int32_t *sums1 = layout.sums(static_cast<const int32_t *>(a.packed), 0);
   const int32_t *sums2 = layout.sums(static_cast<const int32_t *>(a.packed), 1);
@@ -188,7 +207,7 @@ void multiply_block(const ErqQlinear &a, const Packed &layout, int64_t row, int6
 
 void qlinear(const ErqQlinear &a) {
   if (a.m == 0 || a.n == 0) return;
-  const Packed layout(a.n, a.k, a.split);
+  const Packed layout(a);
   const int64_t panels = layout.columns / kPanel, wanted = a.threads > 1 ? 4 * a.threads : 1;
   const int64_t row_tasks = ceil_div(a.m, kTaskRows);
   const int64_t rows = round_up(ceil_div(a.m, row_tasks), kMr);
