@@ -102,14 +102,21 @@ inline void pack_values(const int8_t *v, int64_t stride, int64_t t, int64_t d, i
   for (int64_t c0 = 0; c0 < d; c0 += kPanel, to += groups * kPanel * kGroup) {
     const int64_t count = d - c0 < kPanel ? d - c0 : kPanel;
     for (int64_t g = 0; g < groups; ++g) {
-      int8_t lines[kGroup][kPanel] = {};
+      uint8_t lines[kGroup][kPanel] = {};
       for (int64_t i = 0; i < kGroup && g * kGroup + i < t; ++i) {
         const int8_t *from = v + (g * kGroup + i) * stride + c0;
-        for (int64_t c = 0; c < count; ++c) lines[i][c] = static_cast<int8_t>(from[c] - shift);
+        const uint8_t less = static_cast<uint8_t>(shift);
+        for (int64_t c = 0; c < count; ++c)
+          lines[i][c] = static_cast<uint8_t>(static_cast<uint8_t>(from[c]) - less);
+      }
+      // A group's bytes as one number, lowest first.
+      uint32_t words[kPanel];
+      for (int64_t c = 0; c < kPanel; ++c) {
+        words[c] = lines[0][c];
+        for (int i = 1; i < kGroup; ++i) words[c] |= uint32_t{lines[i][c]} << (8 * i);
       }
       int8_t *group = to + g * kPanel * kGroup;
-      for (int64_t c = 0; c < kPanel; ++c)
-        for (int64_t i = 0; i < kGroup; ++i) group[c * kGroup + i] = lines[i][c];
+      for (int64_t c = 0; c < kPanel; ++c) memcpy(group + c * kGroup, &words[c], kGroup);
     }
   }
 }
@@ -123,6 +130,7 @@ class HeadTask {
         is_float(args.p_inv_scale == nullptr),
         space(args, is_float),
         planes(ceil_div((int64_t{1} << args.av_bits) / 2, 8)),
+        p_level(is_float ? 0.0f : log2f(*args.p_inv_scale)),
         out_row((b * args.t * args.h + h) * args.d) {
     prepare();
   }
@@ -147,7 +155,9 @@ class HeadTask {
   const ZeroPoints zero;
   const bool is_float;
   Space space;
-  const int64_t planes, out_row;
+  const int64_t planes;
+  const float p_level;
+  const int64_t out_row;
   int highest = 0, lowest = 255;  // codes of the rows at hand
   uint8_t tables[2][kMaxPlanes][256];
 
@@ -253,7 +263,7 @@ class HeadTask {
       for (int64_t t = 0; t < end; t += kW) store(s + t, mul(load(s + t), inverse));
       return;
     }
-    const F c = set(2.0f * (log2f(total) - log2f(*a.p_inv_scale)));
+    const F c = set(2.0f * (log2f(total) - p_level));
     const F zero_level = set(0.0f), top = set(static_cast<float>((1 << a.av_bits) - 1));
     const F minus_two = set(-2.0f);
     uint8_t *codes = space.codes + r * space.weight_stride;
@@ -313,6 +323,7 @@ class HeadTask {
     const F root = set(kSqrt2), scale = set(*a.value_scale);
     const F even_unit = set(0x1p-7f), odd_unit = set(0x1p-8f);
     const int64_t at = r * space.dims;
+    char *to = target(row);
     for (int64_t d = 0; d < a.d; d += kW) {
       F e, f;
       if (planes == 1) {
@@ -327,7 +338,7 @@ class HeadTask {
         e = load(rounded[0]);
         f = load(rounded[1]);
       }
-      write(d, mul(add(e, mul(root, f)), scale));
+      write(to, d, mul(add(e, mul(root, f)), scale));
     }
     flush(row);
   }
@@ -336,29 +347,37 @@ class HeadTask {
   void average(int64_t row, int64_t r) {
     const float *p = space.s + r * space.keys;
     const F scale = set(*a.value_scale);
+    char *to = target(row);
     for (int64_t d = 0; d < a.d; d += kPanel) {
       F y[kNr];
       for (int i = 0; i < kNr; ++i) y[i] = set(0.0f);
       for (int64_t t = 0; t < a.t; ++t)
         for (int i = 0; i < kNr; ++i)
           y[i] = fma(set(p[t]), load(space.values + t * space.dims + d + i * kW), y[i]);
-      for (int i = 0; i < kNr; ++i) write(d + i * kW, mul(y[i], scale));
+      for (int i = 0; i < kNr && d + i * kW < a.d; ++i) write(to, d + i * kW, mul(y[i], scale));
     }
     flush(row);
   }
 
-  void write(int64_t d, F y) {
+  // Results of whole vectors go to their place, others by way of a buffer.
+  char *target(int64_t row) const {
+    if (a.d % kW) return space.row;
+    return static_cast<char *>(a.out) + (out_row + row * a.h * a.d) * type_size(a.out_type);
+  }
+
+  void write(char *to, int64_t d, F y) const {
     if (a.out_type == ERQ_CODES) {
       const CodeRange range(a.quantizer.bits);
-      store_bytes(reinterpret_cast<int8_t *>(space.row) + d,
+      store_bytes(reinterpret_cast<int8_t *>(to) + d,
                   encode(y, load(space.inv_scale + d), load(space.zero_point + d), set(range.low),
                          set(range.high)));
     } else {
-      store(reinterpret_cast<float *>(space.row) + d, y);
+      store(reinterpret_cast<float *>(to) + d, y);
     }
   }
 
-  void flush(int64_t row) {
+  void flush(int64_t row) const {
+    if (a.d % kW == 0) return;
     const int64_t size = type_size(a.out_type);
     memcpy(static_cast<char *>(a.out) + (out_row + row * a.h * a.d) * size, space.row,
            static_cast<size_t>(a.d * size));

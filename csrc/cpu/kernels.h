@@ -32,9 +32,10 @@ extern const Kernels kernels;
 void *thread_memory(int64_t bytes);
 
 // Coefficients [5][32] of q on 32 intervals: x · Φ(x) = max(x, 0) − |x| · q(|x|). Interval i is
-// |x| = (i ± 1/2) / kGeluSteps; its polynomial's variable is |x| · kGeluSteps − i, lowest power
-// first.
-constexpr float kGeluSteps = 4.0f, kGeluEnd = 31.5f;
+// |x| = (i ± 1/2) / kGeluSteps; its polynomial's variable is |x| − i / kGeluSteps, lowest power
+// first. The last one, which larger |x| take as well by way of kGeluEnd, is 0: q is below 1e-14.
+// A sum with kGeluMagic is a multiple of 1 / kGeluSteps whose lowest bits are i.
+constexpr float kGeluSteps = 4.0f, kGeluEnd = 7.75f, kGeluMagic = 3145728.0f;
 const float *gelu_table(int64_t act);
 
 }  // namespace erq

@@ -102,7 +102,7 @@ void finish(const ErqQlinear &a, const PanelParams &p, int64_t rows, int64_t col
   const bool has_second = acc2 != nullptr, has_layer_scale = a.layer_scale != nullptr;
   const bool has_residual = m.residual != nullptr;
   const Table c0(gelu), c1(gelu + 32), c2(gelu + 64), c3(gelu + 96), c4(gelu + 128);
-  const F steps = set(kGeluSteps), end = set(kGeluEnd), zero = set(0.0f);
+  const F magic = set(kGeluMagic), end = set(kGeluEnd), zero = set(0.0f);
   for (int64_t c = 0; c < columns; c += kW) {
     const F scale = load(p.scale + c), scale2 = load(p.scale2 + c), bias = load(p.bias + c);
     const F layer_scale = load(p.layer_scale + c);
@@ -112,15 +112,14 @@ void finish(const ErqQlinear &a, const PanelParams &p, int64_t rows, int64_t col
       if (has_second) y = add(y, mul(to_float(load(acc2 + r * kPanel + c)), scale2));
       y = add(y, bias);
       if constexpr (kHasAct) {
-        const F magnitude = abs(y), u = mul(magnitude, steps);
-        const I index = to_int(u);
-        const F f = sub(u, to_float(index));
+        const F magnitude = abs(y), near = min(magnitude, end);
+        const F place = add(near, magic), f = sub(near, sub(place, magic));
+        const I index = bits_of(place);
         F q = fma(c4[index], f, c3[index]);
         q = fma(q, f, c2[index]);
         q = fma(q, f, c1[index]);
         q = fma(q, f, c0[index]);
-        q = zero_unless_less(mul(magnitude, q), u, end);
-        y = sub(max(y, zero), q);
+        y = sub(max(y, zero), mul(magnitude, q));
       }
       if (has_layer_scale) y = mul(y, layer_scale);
       if (has_residual) y = add(load_as(m.residual, a.residual_type, r * m.residual_stride + c), y);

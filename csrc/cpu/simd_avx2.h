@@ -36,9 +36,7 @@ inline F round_even(F a) {
 }
 inline F to_float(I a) { return _mm256_cvtepi32_ps(a); }
 inline I to_int(F a) { return _mm256_cvtps_epi32(a); }
-inline F zero_unless_less(F x, F a, F b) {
-  return _mm256_and_ps(x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
-}
+inline I bits_of(F a) { return _mm256_castps_si256(a); }
 // For whole n from −150 to 127, in two steps since 2^n may be too small for a normal number.
 inline F scale2(F a, F n) {
   const F half = round_even(mul(n, set(0.5f)));

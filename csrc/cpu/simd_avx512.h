@@ -33,9 +33,7 @@ inline F round_even(F a) {
 }
 inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 inline I to_int(F a) { return _mm512_cvtps_epi32(a); }
-inline F zero_unless_less(F x, F a, F b) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x);
-}
+inline I bits_of(F a) { return _mm512_castps_si512(a); }
 inline F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
 inline float sum(F a) { return _mm512_reduce_add_ps(a); }
 inline float max(F a) { return _mm512_reduce_max_ps(a); }

@@ -75,8 +75,10 @@ inline F to_float(I a) {
 inline I to_int(F a) {
   return each<I>([&](int i) { return static_cast<int32_t>(nearbyintf(a.v[i])); });
 }
-inline F zero_unless_less(F x, F a, F b) {
-  return each<F>([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : 0.0f; });
+inline I bits_of(F a) {
+  I r;
+  memcpy(r.v, a.v, sizeof r.v);
+  return r;
 }
 inline F scale2(F a, F n) {
   return each<F>([&](int i) { return ldexpf(a.v[i], static_cast<int>(n.v[i])); });

@@ -26,12 +26,13 @@ struct GeluTable {
 
   // Interpolation in the Chebyshev nodes of each interval, by Newton's divided differences.
   explicit GeluTable(int64_t act) {
-    for (int i = 0; i < 32; ++i) {
+    for (int power = 0; power < 5; ++power) c[power][31] = 0.0f;
+    for (int i = 0; i < 31; ++i) {
       double node[5], d[5];
       for (int j = 0; j < 5; ++j) {
-        node[j] = 0.5 * cos(3.14159265358979323846 * (j + 0.5) / 5);
+        node[j] = 0.5 * cos(3.14159265358979323846 * (j + 0.5) / 5) / kGeluSteps;
         // Below 0, in half of the first interval, q goes on as the function it is.
-        d[j] = tail(act, (i + node[j]) / kGeluSteps);
+        d[j] = tail(act, i / static_cast<double>(kGeluSteps) + node[j]);
       }
       for (int order = 1; order < 5; ++order)
         for (int j = 4; j >= order; --j) d[j] = (d[j] - d[j - 1]) / (node[j] - node[j - order]);
