@@ -501,9 +501,9 @@ def _why_not(op: str, *args: Any, **kwargs: Any) -> str | None:
     library = _load()
     if isinstance(library, str):
         return library
-    for a in (*args, *kwargs.values()):
-        if isinstance(a, Tensor) and not a.is_cpu:
-            return f"needs tensors on the CPU, got one on {a.device}"
+    first = args[0] if args else next(iter(kwargs.values()))  # all of a call are on one device
+    if not first.is_cpu:
+        return f"needs tensors on the CPU, got one on {first.device}"
     return _REFUSALS[op](*args, **kwargs)
 
 

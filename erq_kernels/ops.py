@@ -69,7 +69,8 @@ def _check_codes(name: str, x: Tensor, dim: int | None = None) -> None:
 
 
 def _check_bits(bits: int, lowest: int = 2) -> None:
-    _require(lowest <= bits <= 8, f"bits must be from {lowest} to 8, got {bits}")
+    if not lowest <= bits <= 8:
+        raise ValueError(f"bits must be from {lowest} to 8, got {bits}")
 
 
 def _check_float(name: str, x: Tensor | None, *shape: int) -> None:
@@ -178,14 +179,13 @@ def layer_norm_quantize(
         ValueError: an argument that is not the above.
     """
     _check_bits(bits)
-    _require(
-        x.is_floating_point() and x.dim() == 2,
-        f"layer_norm_quantize takes a float [M, K], got {x.dtype} {list(x.shape)}",
-    )
+    if not (x.is_floating_point() and x.dim() == 2):
+        raise ValueError(f"layer_norm_quantize takes a float [M, K], got {x.dtype} {list(x.shape)}")
     k = x.shape[1]
     _check_vector("weight", weight, k)
     _check_vector("bias", bias, k)
-    _require(0.0 < eps < float("inf"), f"eps must be finite and > 0, got {eps}")
+    if not 0.0 < eps < float("inf"):
+        raise ValueError(f"eps must be finite and > 0, got {eps}")
     if order is not None:
         _check_vector("order", order, order.numel(), torch.int64)
     _check_quantizer(inv_scale, zero_point, k, "layer_norm_quantize")
@@ -244,20 +244,22 @@ def qlinear(
     _check_codes("x", x, 2)
     _check_codes("weight", weight, 2)
     n, k = weight.shape
-    _require(x.shape[1] == k, f"x has {x.shape[1]} columns, weight {k}")
+    if x.shape[1] != k:
+        raise ValueError(f"x has {x.shape[1]} columns, weight {k}")
     vectors = {"scale": scale, "scale2": scale2, "bias": bias, "layer_scale": layer_scale}
     for name, vector in vectors.items():
         _check_vector(name, vector, n)
-    _require(
-        0 < split < k if scale2 is not None else split == k,
-        f"split must lie inside 1..{k - 1} with scale2 and be {k} without, got {split}",
-    )
-    _require(act in ACTIVATIONS, f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    if not (0 < split < k if scale2 is not None else split == k):
+        raise ValueError(
+            f"split must lie inside 1..{k - 1} with scale2 and be {k} without, got {split}"
+        )
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
     _check_float("residual", residual, x.shape[0], n)
-    _require(
-        out_dtype in OUT_DTYPES,
-        f"out_dtype must be one of {', '.join(map(str, OUT_DTYPES))}, got {out_dtype}",
-    )
+    if out_dtype not in OUT_DTYPES:
+        raise ValueError(
+            f"out_dtype must be one of {', '.join(map(str, OUT_DTYPES))}, got {out_dtype}"
+        )
     _check_output_quantizer(out_inv_scale, out_zero_point, out_bits, n, "qlinear")
     _check_device(x, weight, *vectors.values(), residual, out_inv_scale, out_zero_point)
     args = (
@@ -322,10 +324,10 @@ def qattention(
     """
     for name, codes in (("q", q), ("k", k), ("v", v)):
         _check_codes(name, codes, 4)
-        _require(
-            codes.shape == q.shape,
-            f"q, k and v must have one shape, got {list(q.shape)} and {list(codes.shape)}",
-        )
+        if codes.shape != q.shape:
+            raise ValueError(
+                f"q, k and v must have one shape, got {list(q.shape)} and {list(codes.shape)}"
+            )
     _check_bits(qk_bits)
     _check_bits(av_bits)
     zero_points = {"q": q_zero_point, "k": k_zero_point, "v": v_zero_point}
