@@ -68,6 +68,7 @@ class _Library:
     dequant_linear: Callable[[bytes], None]
     pack: Callable[[bytes], None]
     unpack: Callable[[bytes], None]
+    set_parallel: Callable[[int], None]
     best_variant: int
 
 
@@ -121,6 +122,7 @@ def _load() -> _Library | str:
         function.restype = ctypes.c_int32 if name == "layer_norm_quantize" else None
     return _Library(
         packed_bytes=library.erq_cpu_packed_bytes,
+        set_parallel=library.erq_cpu_set_parallel,
         best_variant=library.erq_cpu_best_variant(),
         **functions,
     )
