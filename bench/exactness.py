@@ -158,12 +158,13 @@ def attention_cases(kernel: Kernel, bits: int, fill: str, device: torch.device) 
 
 
 def weight_cases(bits: int, m: int, device: torch.device) -> Iterator[Case]:
-    """What is made of packed weights: weight-only products, pack, unpack, repack."""
+    """What is made of packed weights: products on them, pack, unpack, repack."""
     n, k = 384, 768
     drawn = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, device=device)
     packed = formats.pack(drawn, bits)
     columns = torch.arange(5, k, 101, device=device)
-    zero, zero2 = torch.randint(0, 2**bits, (2, n), dtype=torch.int32, device=device)
+    zeros = torch.randint(0, 2**bits, (2, n), dtype=torch.int32, device=device)
+    zero, zero2 = zeros.clamp(2**bits - 128, 128)  # code − zero point fits int8
     scale, scale2 = torch.rand(2, n, device=device) / 2**bits
     shared = {"packed": packed, "bits": bits, "zero_point": zero, "zero_point2": zero2}
     yield Case(
@@ -174,6 +175,19 @@ def weight_cases(bits: int, m: int, device: torch.device) -> Iterator[Case]:
         | {"columns": columns, "bias": torch.randn(n, device=device)},
         False,
     )
+    outliers = columns.numel()
+    yield Case(
+        f"qlinear_packed {m}×{n}×{k} {bits} bits",
+        "qlinear_packed",
+        {
+            "x": codes((m, formats.repacked_columns(k, outliers)), 4, "random", device),
+            "packed": formats.order_packed(packed, bits, n, k, columns),
+            "w_bits": bits, "k": k, "outliers": outliers,
+            "w_zero_point": zero2, "w_zero_point2": zero,
+            "scale": scale2 / k, "scale2": scale / k, "bias": torch.randn(n, device=device),
+        },
+        True,
+    )  # fmt: skip
     yield Case(f"pack {bits} bits", "pack", {"codes": drawn, "bits": bits}, True)
     shape = {"packed": packed, "bits": bits, "shape": (n, k)}
     yield Case(f"unpack {bits} bits", "unpack", shape, True)

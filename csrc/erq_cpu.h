@@ -110,8 +110,8 @@ typedef struct {
   const int32_t *q_zero_point, *k_zero_point, *v_zero_point;
   const float *score_scale, *p_inv_scale, *value_scale; /* p_inv_scale null: float probabilities */
   int64_t qk_bits, av_bits, zero_last;
-  const float *bias; /* added to the scores, or null */
-  int64_t bias_strides[4];
+  const float *bias; /* added to the scores, or null: that of b modulo bias_batches */
+  int64_t bias_strides[4], bias_batches;
   void *out; /* [b, t, h, d] */
   int64_t out_type; /* ERQ_FLOAT32 or ERQ_CODES */
   ErqQuantizer quantizer; /* columns: the d of each head */

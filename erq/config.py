@@ -37,6 +37,8 @@ class QuantConfig:
             reparameterization, no dual scales), `repq` (reparameterization, dual scales if `dual`,
             round to nearest), `gptq` (as repq, weights rounded column by column).
         reparameterize, aqer, dual, wqer: each step of ERQ can be switched off.
+        reparameterize_merging: also fold the norm of Swin's patch merging into its `reduction`, and
+            give that dual scales; as published ERQ leaves that layer out.
         upstream: what feeds a site during calibration: `quantized`, the network as quantized so
             far, or `float`, as published: every layer alone on the full-precision network.
         refine: rounding refinement: `greedy` best flips, `official` rule, `off`.
@@ -60,6 +62,7 @@ class QuantConfig:
     aqer: bool = True
     dual: bool = True
     wqer: bool = True
+    reparameterize_merging: bool = True
     upstream: Literal["quantized", "float"] = "quantized"
     refine: Literal["greedy", "official", "off"] = "greedy"
     attention: Literal["quantized", "float"] = "quantized"
@@ -78,7 +81,7 @@ class QuantConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        for name in ("reparameterize", "aqer", "dual", "wqer"):
+        for name in ("reparameterize", "aqer", "dual", "wqer", "reparameterize_merging"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("ridge_act", "ridge_weight"):
@@ -108,6 +111,7 @@ class QuantConfig:
         """ERQ as published: full-precision upstream, official refinement, λ in the sum form."""
         published = {
             "upstream": "float",
+            "reparameterize_merging": False,
             "refine": "official",
             "ridge_act": PAPER_RIDGE,
             "ridge_weight": PAPER_RIDGE,

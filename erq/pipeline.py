@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -139,10 +140,7 @@ def quantize(
 
     sim: Any = deepcopy(model).float().eval()
     blocks = insert_simulated(sim, adapter, settings)
-    plain = not any(m.training for m in model.modules()) and all(
-        p.dtype == torch.float32 for p in model.parameters()
-    )
-    full = model if plain else deepcopy(model).float().eval()
+    full = _full_precision(model, adapter)
     with torch.no_grad(), _full_fp32():
         _check_size(adapter, full, chunks[0][:1])
         state = _run(adapter, settings, sim, full, blocks, chunks, progress)
@@ -196,6 +194,20 @@ def _run(
                 with state.stage("advance"):
                     full_stream.advance(run_full)
     return state
+
+
+def _full_precision(model: nn.Module, adapter: ModelAdapter) -> nn.Module:
+    """`model` in fp32 with the adapter's sites; itself, or with its own tensors, where possible."""
+    plain = not any(m.training for m in model.modules()) and all(
+        p.dtype == torch.float32 for p in model.parameters()
+    )
+    if plain and adapter.raw_sites:
+        return model
+    shared = {id(t): t for t in chain(model.parameters(), model.buffers())} if plain else {}
+    full = deepcopy(model, shared).float().eval()
+    if not adapter.raw_sites:
+        adapter.prepare(full)
+    return full
 
 
 def _check_size(adapter: ModelAdapter, model: nn.Module, image: torch.Tensor) -> None:

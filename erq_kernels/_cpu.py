@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from erq_kernels import dispatch, formats
+from erq_kernels import dispatch, formats, reference
 
 VARIANTS = ("plain", "avx2", "avx512")
 """Instruction sets, in the order of csrc/erq_cpu.h."""
@@ -46,7 +46,7 @@ _PACK_WEIGHT = struct.Struct("6q")
 _QLINEAR = struct.Struct("23q")
 _LAYER_NORM = struct.Struct("7qd9q")
 _QUANTIZE = struct.Struct("11q")
-_ATTENTION = struct.Struct("38q")
+_ATTENTION = struct.Struct("39q")
 _DEQUANT_LINEAR = struct.Struct("17q")
 _STREAM = struct.Struct("6q")
 
@@ -311,6 +311,34 @@ def qlinear(
     return out
 
 
+def qlinear_packed(
+    x: Tensor,
+    packed: Tensor,
+    w_bits: int,
+    k: int,
+    outliers: int,
+    w_zero_point: Tensor,
+    w_zero_point2: Tensor | None,
+    scale: Tensor,
+    scale2: Tensor | None,
+    bias: Tensor,
+    act: str = "none",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    out_inv_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_bits: int = 0,
+) -> Tensor:
+    """`reference.qlinear_packed`: the weight is unpacked for the call and given up after it."""
+    codes = unpack(packed.reshape(-1), w_bits, (packed.shape[0], x.shape[1]))
+    weight, split = reference.center_ordered(codes, k, outliers, w_zero_point, w_zero_point2)
+    return qlinear(
+        x, weight, scale, scale2, split, bias, act, layer_scale, residual, out_dtype,
+        out_inv_scale, out_zero_point, out_bits,
+    )  # fmt: skip
+
+
 def layer_norm_quantize(
     x: Tensor,
     weight: Tensor,
@@ -388,8 +416,10 @@ def qattention(
     b, h, t, d = q.shape
     q, k, v = _rows_in_place(q), _rows_in_place(k), _rows_in_place(v)
     bias_strides: tuple[int, ...] = (0, 0, 0, 0)
+    bias_batches = 1
     if bias is not None:
-        bias = bias.float().expand(b, h, t, t)
+        bias_batches = bias.shape[0] if bias.dim() == 4 else 1
+        bias = bias.float().expand(bias_batches, h, t, t)
         bias_strides = bias.stride()
     quantizer, held = _quantizer(out_inv_scale, out_zero_point, out_bits)
     out = torch.empty(
@@ -401,8 +431,8 @@ def qattention(
             *v.stride()[:3], b, h, t, d, q_zero_point.data_ptr(), k_zero_point.data_ptr(),
             v_zero_point.data_ptr(), score_scale.data_ptr(), _address(p_inv_scale),
             value_scale.data_ptr(), qk_bits, av_bits, zero_last, _address(bias), *bias_strides,
-            out.data_ptr(), _CODES if held else 0, *quantizer, torch.get_num_threads(),
-            instructions,
+            bias_batches, out.data_ptr(), _CODES if held else 0, *quantizer,
+            torch.get_num_threads(), instructions,
         )
     )  # fmt: skip
     return out
@@ -543,12 +573,28 @@ def _qlinear_reason(
     return None if out_inv_scale is not None else _float_reason("out_dtype", out_dtype)
 
 
+def _qlinear_packed_reason(
+    x: Tensor,
+    packed: Tensor,
+    w_bits: int,
+    k: int,
+    outliers: int,
+    w_zero_point: Tensor,
+    w_zero_point2: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> str | None:
+    scale, scale2, *rest = args or (kwargs.pop("scale"), kwargs.pop("scale2"))
+    return _qlinear_reason(x, packed, scale, scale2, k, *rest, **kwargs)
+
+
 def _no_reason(*_: Any, **__: Any) -> str | None:
     return None
 
 
 _REFUSALS: dict[str, Callable[..., str | None]] = {
     "qlinear": _qlinear_reason,
+    "qlinear_packed": _qlinear_packed_reason,
     "layer_norm_quantize": _x_reason,
     "quantize": _x_reason,
     "qattention": _no_reason,
@@ -559,6 +605,7 @@ _REFUSALS: dict[str, Callable[..., str | None]] = {
 }
 _RUN: dict[str, Callable[..., Tensor]] = {
     "qlinear": qlinear,
+    "qlinear_packed": qlinear_packed,
     "layer_norm_quantize": layer_norm_quantize,
     "quantize": quantize,
     "qattention": qattention,

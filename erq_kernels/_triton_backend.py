@@ -26,6 +26,7 @@ MODULES = {
     "pack": "pack",
     "qattention": "qattention",
     "qlinear": "qlinear",
+    "qlinear_packed": "qlinear_packed",
     "quantize": "quantize",
     "repack": "pack",
     "unpack": "pack",

@@ -126,7 +126,8 @@ class GemmOperands:
     """What `qlinear` reads besides the activation codes.
 
     Args:
-        weight: int8 [N, K'], code − zero_point, columns in `order`, 0 at padding.
+        weight: int8 [N, K'], code − zero_point, columns in `order`, 0 at padding; or, for
+            `qlinear_packed`, uint8 of `order_packed`.
         scale: fp32 [N], activation scale · weight scale of the first segment.
         scale2: fp32 [N] of the second segment, or None.
         split: length of the first segment; K' without a second one.
@@ -231,6 +232,24 @@ def repack(
     """`center` of the packed codes [N, k]: bit stream → the layout that integer GEMMs read."""
     codes = unpack(packed, bits, (zero_point.shape[0], k))
     return center(codes, bits, zero_point, zero_point2, columns)
+
+
+def order_packed(packed: Tensor, bits: int, n: int, k: int, columns: Tensor | None) -> Tensor:
+    """The packed layout that `qlinear_packed` reads: codes in the order of `k_order`, any at
+    padding.
+
+    Args:
+        packed: uint8 dense bit stream of codes [n, k]. columns: int64 [S] outliers, or None.
+
+    Returns:
+        uint8 [n, K' · bits / 8]; K' is a multiple of K_ALIGN, so a row is whole 32-bit words. In
+        the natural order it is the stream itself.
+    """
+    order, _, _ = k_order(columns, k)
+    if order is None:
+        return packed.reshape(n, k * bits // 8)
+    codes = unpack(packed, bits, (n, k))[:, order.to(packed.device)]
+    return pack(codes, bits).reshape(n, codes.shape[1] * bits // 8)
 
 
 def gemm_operands(

@@ -116,6 +116,18 @@ def _check_output_quantizer(
     _check_quantizer(inv_scale, zero_point, columns, f"{op}'s output")
 
 
+def _check_epilogue(
+    act: str, residual: Tensor | None, out_dtype: torch.dtype, rows: int, columns: int
+) -> None:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    _check_float("residual", residual, rows, columns)
+    if out_dtype not in OUT_DTYPES:
+        raise ValueError(
+            f"out_dtype must be one of {', '.join(map(str, OUT_DTYPES))}, got {out_dtype}"
+        )
+
+
 def _check_device(x: Tensor, *others: Tensor | None) -> None:
     index = x.get_device()  # an int, −1 for the CPU and others alike: cheaper than the device
     for other in others:
@@ -253,13 +265,7 @@ def qlinear(
         raise ValueError(
             f"split must lie inside 1..{k - 1} with scale2 and be {k} without, got {split}"
         )
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
-    _check_float("residual", residual, x.shape[0], n)
-    if out_dtype not in OUT_DTYPES:
-        raise ValueError(
-            f"out_dtype must be one of {', '.join(map(str, OUT_DTYPES))}, got {out_dtype}"
-        )
+    _check_epilogue(act, residual, out_dtype, x.shape[0], n)
     _check_output_quantizer(out_inv_scale, out_zero_point, out_bits, n, "qlinear")
     _check_device(x, weight, *vectors.values(), residual, out_inv_scale, out_zero_point)
     args = (
@@ -291,6 +297,105 @@ def _(
 
 
 @_Op
+def qlinear_packed(
+    x: Tensor,
+    packed: Tensor,
+    w_bits: int,
+    k: int,
+    outliers: int,
+    w_zero_point: Tensor,
+    w_zero_point2: Tensor | None,
+    scale: Tensor,
+    scale2: Tensor | None,
+    bias: Tensor,
+    act: str = "none",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    out_inv_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_bits: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """`qlinear` on a weight that stays packed; see `reference.qlinear_packed`.
+
+    Args:
+        x: int8 codes [M, K'], columns in GEMM order.
+        packed: uint8 [N, K' · w_bits / 8] of `formats.order_packed`. w_bits: 2..8.
+        k: input channels. outliers: those of the first of two segments, or 0.
+        w_zero_point, w_zero_point2: int32 [N] of the segments; code − zero point has to fit int8,
+            which is not checked here (`formats.check_centered`).
+        others: as `qlinear`.
+
+    Returns:
+        [M, N] of out_dtype, or int8 codes.
+
+    Raises:
+        ValueError: an argument that is not the above.
+    """
+    _check_codes("x", x, 2)
+    _check_bits(w_bits)
+    n = scale.numel()
+    _require(
+        0 <= outliers < max(k, 1), f"outliers must lie inside 0..{max(k, 1) - 1}, got {outliers}"
+    )
+    columns = formats.repacked_columns(k, outliers)
+    _require(
+        x.shape[1] == columns,
+        f"x must have the {columns} columns of {k} channels, {outliers} of them outliers, in GEMM "
+        f"order, got {x.shape[1]}",
+    )
+    _require(
+        packed.dtype == torch.uint8 and tuple(packed.shape) == (n, columns * w_bits // 8),
+        f"packed must be uint8 {[n, columns * w_bits // 8]}, got {packed.dtype} "
+        f"{list(packed.shape)}",
+    )
+    vectors = {"scale": scale, "scale2": scale2, "bias": bias, "layer_scale": layer_scale}
+    for name, vector in vectors.items():
+        _check_vector(name, vector, n)
+    _check_vector("w_zero_point", w_zero_point, n, torch.int32)
+    _check_vector("w_zero_point2", w_zero_point2, n, torch.int32)
+    dual = [outliers > 0, scale2 is not None, w_zero_point2 is not None]
+    _require(all(dual) or not any(dual), "outliers, scale2 and w_zero_point2 come together")
+    _check_epilogue(act, residual, out_dtype, x.shape[0], n)
+    _check_output_quantizer(out_inv_scale, out_zero_point, out_bits, n, "qlinear_packed")
+    _check_device(
+        x, packed, *vectors.values(), w_zero_point, w_zero_point2, residual, out_inv_scale,
+        out_zero_point,
+    )  # fmt: skip
+    args = (
+        x, packed, w_bits, k, outliers, w_zero_point, w_zero_point2, scale, scale2, bias, act,
+        layer_scale, residual, out_dtype, out_inv_scale, out_zero_point, out_bits,
+    )  # fmt: skip
+    return _run("qlinear_packed", backend, *args)
+
+
+@qlinear_packed.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    w_bits: int,
+    k: int,
+    outliers: int,
+    w_zero_point: Tensor,
+    w_zero_point2: Tensor | None,
+    scale: Tensor,
+    scale2: Tensor | None,
+    bias: Tensor,
+    act: str = "none",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    out_inv_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_bits: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    dtype = out_dtype if out_inv_scale is None else torch.int8
+    return torch.empty((x.shape[0], packed.shape[0]), dtype=dtype, device=x.device)
+
+
+@_Op
 def qattention(
     q: Tensor,
     k: Tensor,
@@ -314,7 +419,8 @@ def qattention(
 
     Args:
         q, k, v: int8 codes [B, H, T, D]. zero points: int32 []. scales: fp32 []; without
-            p_inv_scale the probabilities stay float. bias: float, broadcastable to [B, H, T, T].
+            p_inv_scale the probabilities stay float. bias: float, broadcastable to [n, H, T, T]
+            where n divides B: entry i of the batch gets bias[i % n].
 
     Returns:
         fp32 [B, T, H, D], or int8 codes if out_inv_scale is given.
@@ -339,12 +445,14 @@ def qattention(
             _check_scalar(name, scale)
     if bias is not None:
         shape = (*q.shape[:3], q.shape[2])
+        batches = bias.shape[0] if bias.dim() == 4 else 1
         _require(
             bias.is_floating_point()
             and bias.dim() <= 4
-            and all(b in (1, s) for b, s in zip(bias.shape[::-1], shape[::-1], strict=False)),
-            f"bias must be float and broadcast to {list(shape)}, got {bias.dtype} "
-            f"{list(bias.shape)}",
+            and all(b in (1, s) for b, s in zip(bias.shape[:-4:-1], shape[:0:-1], strict=False))
+            and (batches == 1 or (batches > 0 and shape[0] % batches == 0)),
+            f"bias must be float and broadcast to {list(shape)}, or its first dimension divide "
+            f"{shape[0]}, got {bias.dtype} {list(bias.shape)}",
         )
     _check_output_quantizer(out_inv_scale, out_zero_point, out_bits, q.shape[-1], "qattention")
     _check_device(
@@ -569,6 +677,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "quantize": reference.quantize,
     "layer_norm_quantize": reference.layer_norm_quantize,
     "qlinear": reference.qlinear,
+    "qlinear_packed": reference.qlinear_packed,
     "qattention": reference.qattention,
     "dequant_linear": reference.dequant_linear,
     "pack": formats.pack,

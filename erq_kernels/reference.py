@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from erq_kernels.formats import code_offset, unpack
+from erq_kernels.formats import K_ALIGN, code_offset, unpack
 
 SQRT2 = 2.0**0.5
 # Largest magnitude up to which fp32 holds every integer.
@@ -141,6 +141,58 @@ def qlinear(
     return quantize(y, out_inv_scale, out_zero_point, out_bits)
 
 
+def qlinear_packed(
+    x: Tensor,
+    packed: Tensor,
+    w_bits: int,
+    k: int,
+    outliers: int,
+    w_zero_point: Tensor,
+    w_zero_point2: Tensor | None,
+    scale: Tensor,
+    scale2: Tensor | None,
+    bias: Tensor,
+    act: str = "none",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    out_inv_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_bits: int = 0,
+) -> Tensor:
+    """`qlinear` on a weight that stays packed, code − zero_point formed on the way.
+
+    Args:
+        x, scale, scale2, bias and what follows: as `qlinear`.
+        packed: uint8 [N, K' · w_bits / 8], rows of `formats.order_packed`.
+        k: input channels without padding. outliers: how many make the first segment, or 0.
+        w_zero_point: int32 [N] of the first segment. w_zero_point2: of the second, or None.
+    """
+    codes = unpack(packed.reshape(-1), w_bits, (packed.shape[0], x.shape[1]))
+    weight, split = center_ordered(codes, k, outliers, w_zero_point, w_zero_point2)
+    return qlinear(
+        x, weight, scale, scale2, split, bias, act, layer_scale, residual, out_dtype,
+        out_inv_scale, out_zero_point, out_bits,
+    )  # fmt: skip
+
+
+def center_ordered(
+    codes: Tensor, k: int, outliers: int, zero_point: Tensor, zero_point2: Tensor | None
+) -> tuple[Tensor, int]:
+    """(int8 weight [N, K'], length of its first segment) of codes [N, K'] in GEMM order.
+
+    Args:
+        codes: any at padding. k, outliers, zero_point, zero_point2: as `qlinear_packed`.
+    """
+    split = -(-outliers // K_ALIGN) * K_ALIGN if outliers else codes.shape[1]
+    weight = codes.to(torch.int32) - zero_point[:, None]
+    weight[:, outliers or k : split] = 0
+    if zero_point2 is not None:
+        weight[:, split:] = codes[:, split:].to(torch.int32) - zero_point2[:, None]
+        weight[:, split + k - outliers :] = 0
+    return weight.to(torch.int8), split
+
+
 def _centered(codes: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """code − zero_point of stored int8 codes, as fp32."""
     return codes.float() - (zero_point - code_offset(bits))
@@ -227,6 +279,13 @@ def attention_values(
     return (e + SQRT2 * f) * scale
 
 
+def batch_bias(bias: Tensor, batch: int) -> Tensor:
+    """The bias of every entry of a batch, from one for every n of them; see `qattention`."""
+    if bias.dim() < 4 or len(bias) in (1, batch):
+        return bias
+    return bias.repeat(batch // len(bias), 1, 1, 1)
+
+
 def qattention(
     q: Tensor,
     k: Tensor,
@@ -253,14 +312,15 @@ def qattention(
         p_inv_scale: fp32 [], 1 / s_p of the log-√2 quantizer, or None: probabilities stay float.
         value_scale: fp32 [], s_p · s_v, or s_v without a quantizer of the probabilities.
         qk_bits, av_bits: widths of q and k, and of softmax codes and v.
-        bias: float, broadcastable to [B, H, T, T] (relative position bias plus mask), or None.
+        bias: float, broadcastable to [n, H, T, T] (relative position bias plus mask), or None; n
+            divides B and its entries serve every n of the batch in turn: n windows of each image.
 
     Returns:
         fp32 [B, T, H, D], the rows of the next GEMM, or int8 codes if out_inv_scale is given.
     """
     scores = attention_scores(q, k, q_zero_point, k_zero_point, (qk_bits, qk_bits), score_scale)
     if bias is not None:
-        scores = scores + bias
+        scores = scores + batch_bias(bias, len(q))
     probabilities = scores.softmax(dim=-1)
     if p_inv_scale is None:
         y = (probabilities @ _centered(v, v_zero_point, av_bits)) * value_scale

@@ -9,6 +9,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -64,14 +65,38 @@ def tiny_vit() -> Callable[..., VisionTransformer]:
             "num_heads": 2,
             "mlp_ratio": 2.0,
         }
-        model = cls(**{**settings, **changes}).eval()
-        with torch.no_grad():
-            # timm starts with zero biases and unit norms, under which half of all mistakes hide.
-            for name, p in model.named_parameters():
-                noise = torch.randn_like(p) * (0.2 if p.dim() < 2 else p.shape[-1] ** -0.5)
-                is_gain = "norm" in name and name.endswith("weight")
-                p.copy_(noise.add(1) if is_gain or name.endswith("gamma") else noise)
-        return model
+        return randomize(cls(**{**settings, **changes}))
+
+    return build
+
+
+@torch.no_grad()
+def randomize(model: Any) -> Any:
+    """Every parameter random: timm starts with zero biases and unit norms, under which half of all
+    mistakes hide."""
+    for name, p in model.named_parameters():
+        noise = torch.randn_like(p) * (0.2 if p.dim() < 2 else p.shape[-1] ** -0.5)
+        is_gain = "norm" in name and name.endswith("weight")
+        p.copy_(noise.add(1) if is_gain or name.endswith("gamma") else noise)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_swin() -> Callable[..., SwinTransformer]:
+    """A Swin of two stages, 32 and 64 channels, windows of 4×4, whose every parameter is random."""
+
+    def build(cls: type[SwinTransformer] = SwinTransformer, **changes: Any) -> Any:
+        settings: dict[str, Any] = {
+            "img_size": 16,
+            "patch_size": 2,
+            "num_classes": 5,
+            "embed_dim": 32,
+            "depths": (2, 2),
+            "num_heads": (2, 4),
+            "window_size": 4,
+            "mlp_ratio": 2.0,
+        }
+        return randomize(cls(**{**settings, **changes}))
 
     return build
 

@@ -103,6 +103,7 @@ ODD = QuantConfig(
     aqer=False,
     dual=False,
     wqer=False,
+    reparameterize_merging=False,
     upstream="float",
     refine="off",
     attention="float",

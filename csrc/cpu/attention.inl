@@ -45,7 +45,9 @@ struct Head {
       : q(a.q + b * a.q_strides[0] + h * a.q_strides[1]),
         k(a.k + b * a.k_strides[0] + h * a.k_strides[1]),
         v(a.v + b * a.v_strides[0] + h * a.v_strides[1]),
-        bias(a.bias == nullptr ? nullptr : a.bias + b * a.bias_strides[0] + h * a.bias_strides[1]) {}
+        bias(a.bias == nullptr ? nullptr
+                               : a.bias + b % a.bias_batches * a.bias_strides[0] +
+                                     h * a.bias_strides[1]) {}
 };
 
 // The work space of a task; `keys` and `dims` are t and d in whole panels.

@@ -10,6 +10,7 @@ from erq.calib.reparam import Fold, apply_fold, plan_fold
 from erq.calib.simulate import SimLinear, SimScores, SimValues
 from erq.config import FLOAT_BITS, QuantConfig
 from erq.models import Site
+from erq.models.attention import Attention
 from erq.quant.fit import fit_channels, fit_softmax, fit_tensor
 
 RANGE_IMAGES = 32
@@ -66,6 +67,9 @@ def calibrate_site(
             norm = model.get_submodule(site.norm)
             assert isinstance(norm, nn.LayerNorm)
             apply_fold(fold, norm, group)
+            owner = model.get_submodule(site.name.rpartition(".")[0])
+            if isinstance(owner, Attention) and owner.windows is not None:
+                owner.windows.fold(fold.apply)
             return fold
         params = fit_tensor(x, config.a_bits)
         for linear in group:

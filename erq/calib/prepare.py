@@ -45,7 +45,7 @@ def insert_simulated(model: nn.Module, adapter: ModelAdapter, config: QuantConfi
             a_bits = config.for_site(site.name).a_bits if is_quantized(site, config) else None
             widths.setdefault(site.norm, set()).add(a_bits)
         sites = tuple(
-            replace(s, norm=None) if len(widths[s.norm]) > 1 else s
+            replace(s, norm=None) if len(widths[s.norm]) > 1 or not _folds(s, config) else s
             for s in block.sites
             if is_quantized(s, config)
         )
@@ -65,6 +65,11 @@ def is_quantized(site: Site, config: QuantConfig) -> bool:
     if site.kind in ("matmul_qk", "matmul_av"):
         return config.attention == "quantized" and config.for_site(site.name).a_bits != 16
     return True
+
+
+def _folds(site: Site, config: QuantConfig) -> bool:
+    """Whether the settings let the norm before `site` be folded into it."""
+    return config.reparameterize_merging or not site.merging
 
 
 def _check_attention(block: Block, config: QuantConfig) -> None:

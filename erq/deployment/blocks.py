@@ -32,11 +32,10 @@ class Half:
     reason: str = ""
 
 
-_ATTENTION = ("layer_norm_quantize", "qlinear", "qattention", "qlinear")
-_UNEQUAL_ATTENTION = (
-    "layer_norm_quantize", "qlinear", "quantize", "quantize", "quantize", "qattention", "qlinear",
-)  # fmt: skip
-_FLOAT_ATTENTION = ("layer_norm_quantize", "qlinear", "sdpa", "quantize", "qlinear")
+# What stands between the GEMMs of qkv and of proj.
+_ATTENTION = ("qattention",)
+_UNEQUAL_ATTENTION = ("quantize", "quantize", "quantize", "qattention")
+_FLOAT_ATTENTION = ("sdpa", "quantize")
 _MLP = ("layer_norm_quantize", "qlinear", "qlinear")
 
 
@@ -68,15 +67,23 @@ def plan_attention(norm: Any, attn: Any) -> Half:
             reason = f"attn.{name} has float activations"
     if reason:
         return Half((), reason)
+    reasons = []
     if isinstance(attn, QuantAttention):
-        if attn.qk.bits == attn.av.bits:
-            return _reordered(_ATTENTION, attn.proj, "attn.proj")
-        half = _reordered(_UNEQUAL_ATTENTION, attn.proj, "attn.proj")
-        reason = f"q and k have {attn.qk.bits} bits, v has {attn.av.bits}"
-        return Half(half.kernels, f"{reason}; {half.reason}" if half.reason else reason)
-    if isinstance(attn.qk, ScaledScores):
-        return _reordered(_FLOAT_ATTENTION, attn.proj, "attn.proj")
-    return Half((), f"attn.qk is a {type(attn.qk).__name__}")
+        between: tuple[str, ...] = _ATTENTION
+        if attn.qk.bits != attn.av.bits:
+            between = _UNEQUAL_ATTENTION
+            reasons.append(f"q and k have {attn.qk.bits} bits, v has {attn.av.bits}")
+    elif isinstance(attn.qk, ScaledScores):
+        between = _FLOAT_ATTENTION
+    else:
+        return Half((), f"attn.qk is a {type(attn.qk).__name__}")
+    if attn.windows is None:
+        middle = ("qlinear", *between)
+    else:
+        middle = ("gather", "qlinear", *between, "gather")
+        reasons.append("rows of codes are gathered into windows and back")
+    kernels = ("layer_norm_quantize", *middle, "qlinear")
+    return _reordered(kernels, attn.proj, "attn.proj", reasons)
 
 
 def plan_mlp(norm: Any, mlp: Any) -> Half:
@@ -91,16 +98,19 @@ def plan_mlp(norm: Any, mlp: Any) -> Half:
         reason = f"mlp.act is a {type(mlp.act).__name__}"
     if not reason and not _is_identity(mlp, "norm"):
         reason = "mlp.norm works on floats"
-    return Half((), reason) if reason else _reordered(_MLP, mlp.fc2, "mlp.fc2")
+    return Half((), reason) if reason else _reordered(_MLP, mlp.fc2, "mlp.fc2", [])
 
 
-def _reordered(kernels: tuple[str, ...], layer: Any, name: str) -> Half:
-    """The half, with a gather before its last GEMM if that reads its columns in another order."""
-    if layer.operands.order is None:
-        return Half(kernels)
-    return Half(
-        (*kernels[:-1], "gather", kernels[-1]), f"{name} reads its columns in its own order"
-    )
+def _reordered(kernels: tuple[str, ...], layer: Any, name: str, reasons: list[str]) -> Half:
+    """The half, with a gather before its last GEMM if that reads its columns in another order.
+
+    Args:
+        reasons: why `kernels` are already more than the fewest.
+    """
+    if layer.operands.order is not None:
+        kernels = (*kernels[:-1], "gather", kernels[-1])
+        reasons = [*reasons, f"{name} reads its columns in its own order"]
+    return Half(kernels, "; ".join(reasons))
 
 
 def activation_name(act: nn.Module) -> str | None:
@@ -118,10 +128,15 @@ class QuantBlock(nn.Module):
     """A pre-norm transformer block whose halves run on codes; submodules keep their names.
 
     Norms and LayerScale of a half on codes stay fp32, whatever dtype the model is cast to.
+
+    Attention in windows: after the first kernel the rows of codes are gathered window by window,
+    after attention they are gathered back, without those of padding; so the residual stream never
+    leaves its order, and what moves is one byte an element.
     """
 
     qkv_inv_scale: Tensor | None
     qkv_zero_point: Tensor | None
+    pad_codes: Tensor | None
 
     def __init__(self, source: nn.Module) -> None:
         """Take over the submodules of a deployed block x + ls1(attn(norm1 x)), + ls2(mlp(norm2 x)).
@@ -145,7 +160,7 @@ class QuantBlock(nn.Module):
         """Make again what the kernels read of the submodules, after these were given new values."""
         attn: Any = self.attn
         inv_scale = zero_point = None
-        if self.attention_half.kernels[:3] == _ATTENTION[:3]:
+        if self._quantizes_qkv():
             quantizers = attn.quantizers()
             width = attn.num_heads * attn.head_dim
             inv_scale, zero_point = (
@@ -153,11 +168,23 @@ class QuantBlock(nn.Module):
             )
         self.register_buffer("qkv_inv_scale", inv_scale, persistent=False)
         self.register_buffer("qkv_zero_point", zero_point, persistent=False)
+        pad_codes = None
+        if self.attention_half.kernels and attn.windows is not None:
+            pad = attn.windows.pad
+            if pad is not None:
+                pad_codes = attn.qkv.in_gemm_order(attn.qkv.quantize(pad[None]))[0]
+        self.register_buffer("pad_codes", pad_codes, persistent=False)
+
+    def _quantizes_qkv(self) -> bool:
+        """Whether the epilogue of the qkv GEMM writes codes of q, k and v."""
+        attn: Any = self.attn
+        fused = self.attention_half.kernels and isinstance(attn, QuantAttention)
+        return bool(fused) and attn.qk.bits == attn.av.bits
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """[B, T, C] → [B, T, C]. Masks are refused: no calibrated model has one."""
+        """[B, …, C] → [B, …, C]. Masks are refused: no calibrated model takes one."""
         if attn_mask is not None or is_causal:
             raise ValueError("a quantized attention takes no mask; call the model without one")
         if self.attention_half.kernels:
@@ -169,11 +196,17 @@ class QuantBlock(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
 
     def _attend(self, x: Tensor) -> Tensor:
-        b, t, c = x.shape
         attn: Any = self.attn
-        rows = x.reshape(-1, c)
+        windows = attn.windows
+        rows = x.reshape(-1, x.shape[-1])
         qkv, proj = attn.qkv, attn.proj
         codes = ops.layer_norm_quantize(*_norm_arguments(rows, self.norm1, qkv), qkv.backend)
+        codes, bias = codes.reshape(*x.shape[:-1], codes.shape[-1]), None
+        if windows is not None:
+            bias = windows.bias_at((x.shape[1], x.shape[2]))
+            codes = windows.cut(codes, self.pad_codes)
+        b, t, columns = codes.shape
+        codes = codes.reshape(b * t, columns)
         if self.qkv_inv_scale is not None:
             y = qkv.multiply(
                 codes,
@@ -181,15 +214,19 @@ class QuantBlock(nn.Module):
                 out_zero_point=self.qkv_zero_point,
                 out_bits=attn.qk.bits,
             )
-            codes = attn.multiply(*attn.split_heads(y, b, t), **proj.input_quantizer())
+            heads = attn.split_heads(y, b, t)
+            codes = attn.multiply(*heads, bias=bias, **proj.input_quantizer())
         else:
             heads = attn.split_heads(qkv.multiply(codes, out_dtype=x.dtype), b, t)
             if isinstance(attn, QuantAttention):
-                codes = attn.multiply(*attn.quantize(*heads), **proj.input_quantizer())
+                codes = attn.quantize(*heads)
+                codes = attn.multiply(*codes, bias=bias, **proj.input_quantizer())
             else:
-                codes = proj.quantize(_attention(attn, *heads))
-        codes = codes.reshape(b * t, proj.in_features)
-        return self._project(proj, codes, self.ls1, rows).reshape(b, t, c)
+                codes = proj.quantize(_attention(attn, bias, *heads))
+        if windows is not None:
+            codes = windows.join(codes.reshape(b, t, proj.in_features), (x.shape[1], x.shape[2]))
+        codes = codes.reshape(-1, proj.in_features)
+        return self._project(proj, codes, self.ls1, rows).reshape(x.shape)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         mlp: Any = self.mlp
@@ -235,7 +272,8 @@ class QuantBlock(nn.Module):
                 elif op in ("sdpa", "gather"):
                     run.append((op, "torch"))
                 else:
-                    run.append((op, (attn.proj if i == 1 else mlp.fc2).kernel()))
+                    layer = attn.proj if i == 1 else mlp.fc2
+                    run.append((layer.gemm if op == "qlinear" else op, layer.kernel()))
         return run
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -261,13 +299,15 @@ def _norm_arguments(rows: Tensor, norm: Any, layer: QuantLinear) -> tuple[Any, .
     )  # fmt: skip
 
 
-def _attention(attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attention(attn: Attention, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention in floating point, [B, H, T, D] each → [B, T, H, D]."""
     if not q.is_cuda:  # the arithmetic of the simulated model, bit by bit
-        return attn.core(q, k, v).transpose(1, 2)
+        return attn.core(q, k, v, bias).transpose(1, 2)
     scale = attn.qk.temperature
     assert isinstance(scale, float)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    if bias is not None:  # n windows of each image
+        bias = bias.to(q.dtype).repeat(len(q) // len(bias), 1, 1, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
 
 
 def fuse_blocks(net: nn.Module, paths: list[str]) -> None:

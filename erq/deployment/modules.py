@@ -7,7 +7,7 @@ kernels read are made from them by `repack` when a module is created or loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -23,11 +23,15 @@ from erq_kernels.formats import (
     GemmOperands,
     check_centered,
     gemm_operands,
+    order_packed,
     pack,
     packed_size,
     unpack,
 )
 from erq_kernels.reference import dequantize_weight
+
+LAYOUTS = ("int8", "packed")
+"""How an integer GEMM's weight is kept: unpacked once, or packed and unpacked in the kernel."""
 
 # fp32 adds a zero point of smaller magnitude to a rounded value without rounding again.
 _ZERO_POINT_LIMIT = 1 << 24
@@ -36,6 +40,13 @@ _NO_OPERANDS = (
     "no integer operands: a layer with float activations (a_bits=16) has none, an empty one gets "
     "them from from_params, from_linear or a state dict"
 )
+
+
+def check_layout(layout: str) -> str:
+    """Return `layout` if it is one of LAYOUTS; raise ValueError otherwise."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"weights are kept as one of {', '.join(LAYOUTS)}, got {layout!r}")
+    return layout
 
 
 def move(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -263,6 +274,7 @@ class QuantLinear(_PackedWeight):
         self.register_buffer("x_zero_point", None if floating else zero)
         self._derive(x_inv_scale=None)
         self._operands: GemmOperands | None = None
+        self._layout = "int8"
 
     @classmethod
     def from_params(
@@ -360,8 +372,43 @@ class QuantLinear(_PackedWeight):
         for factor in (operands.scale, operands.scale2, operands.bias):
             if factor is not None and not bool(torch.isfinite(factor).all()):
                 raise ValueError("x_scale · scale, or the bias folded with it, overflows fp32")
+        if self._layout == "packed":
+            n, k = self.out_features, self.in_features
+            kept = order_packed(self.packed, self.w_bits, n, k, self.dual_columns)
+            operands = replace(operands, weight=kept)
         self._operands = operands
         self._derive(x_inv_scale=self.x_scale.reciprocal())
+
+    @property
+    def layout(self) -> str:
+        """How the integer GEMM's weight is kept, one of LAYOUTS; results do not depend on it."""
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: str) -> None:
+        self._layout = check_layout(layout)
+        if self._operands is not None:
+            self.repack()
+
+    @property
+    def gemm(self) -> str:
+        """The op that multiplies this layer's codes."""
+        return "qlinear_packed" if self._layout == "packed" else "qlinear"
+
+    def _gemm_arguments(self, codes: Tensor) -> tuple[Any, ...]:
+        """What that op takes before the epilogue."""
+        o = self.operands
+        if self._layout == "int8":
+            return codes, o.weight, o.scale, o.scale2, o.split, o.bias
+        zero_points: tuple[Tensor | None, Tensor | None] = (self.zero_point, None)
+        outliers = 0
+        if self.dual_columns is not None:
+            outliers = self.dual_columns.shape[0]
+            zero_points = (self.zero_point2, self.zero_point)
+        return (
+            codes, o.weight, self.w_bits, self.in_features, outliers, *zero_points, o.scale,
+            o.scale2, o.bias,
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N], in x's dtype."""
@@ -409,10 +456,9 @@ class QuantLinear(_PackedWeight):
 
     def multiply(self, codes: Tensor, **epilogue: Any) -> Tensor:
         """`ops.qlinear` of codes [M, K'] in GEMM order with this layer's weight: [M, N]."""
-        o = self.operands
-        return ops.qlinear(  # type: ignore[no-any-return]
-            codes, o.weight, o.scale, o.scale2, o.split, o.bias, backend=self.backend, **epilogue
-        )
+        op = ops.qlinear_packed if self._layout == "packed" else ops.qlinear
+        arguments = self._gemm_arguments(codes)
+        return op(*arguments, backend=self.backend, **epilogue)  # type: ignore[no-any-return]
 
     def kernel(self) -> str:
         """The backend that runs this layer's product on its device.
@@ -422,13 +468,11 @@ class QuantLinear(_PackedWeight):
         """
         if self.x_scale is None:
             return super().kernel()
-        o = self.operands
         x = torch.empty(1, self.in_features, device=self.packed.device)
         quantizer = (self.x_inv_scale, self.x_zero_point, self.a_bits)
         dispatch.select("quantize", self.backend, x, *quantizer)
-        codes = torch.empty(1, o.weight.shape[1], dtype=torch.int8, device=x.device)
-        args = (codes, o.weight, o.scale, o.scale2, o.split, o.bias)
-        return dispatch.select("qlinear", self.backend, *args)
+        codes = self.in_gemm_order(torch.empty_like(x, dtype=torch.int8))
+        return dispatch.select(self.gemm, self.backend, *self._gemm_arguments(codes))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -571,12 +615,13 @@ class QuantAttention(Attention):
         """`source` with its matmuls on codes; the other submodules are shared."""
         return cls(
             source.num_heads, source.head_dim, source.qkv, source.q_norm, source.k_norm,
-            qk, av, source.norm, source.proj,
+            qk, av, source.norm, source.proj, source.windows,
         )  # fmt: skip
 
-    def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q kᵀ · temperature) v for float [B, H, T, D] each: [B, H, T, D]."""
-        return self.multiply(*self.quantize(q, k, v)).transpose(1, 2).to(q.dtype)
+    def core(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """softmax(q kᵀ · temperature + bias) v for float [B, H, T, D] each: [B, H, T, D]."""
+        y = self.multiply(*self.quantize(q, k, v), bias=bias)
+        return y.transpose(1, 2).to(q.dtype)
 
     def quantize(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """Codes of float q, k and v."""
@@ -602,7 +647,10 @@ class QuantAttention(Attention):
         for quantizer in self.quantizers():
             dispatch.select("quantize", backend, x, *quantizer)
         codes = x.to(torch.int8)
-        return dispatch.select("qattention", backend, codes, codes, codes, *self._factors())
+        # Whether a kernel takes a bias, one of the smallest size tells.
+        bias = None if self.windows is None else self.windows.bias[:1, :, :1, :1]
+        args = (codes, codes, codes, *self._factors(), bias)
+        return dispatch.select("qattention", backend, *args)
 
     def quantizers(self) -> tuple[tuple[Tensor, Tensor, int], ...]:
         """(1 / scale, zero point, bits) of q, k and v."""

@@ -17,9 +17,10 @@ __all__ = [
 
 
 def _adapters() -> tuple[ModelAdapter, ...]:
-    from erq.models.timm_vit import TimmVit  # timm only when a model is at hand
+    from erq.models.timm_swin import TimmSwin  # timm only when a model is at hand
+    from erq.models.timm_vit import TimmVit
 
-    return (TimmVit(),)
+    return (TimmVit(), TimmSwin())
 
 
 def adapter_for(model: nn.Module) -> ModelAdapter:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from erq.models.windows import Windows, add_bias
+
 
 class ScaledScores(nn.Module):
     """q·kᵀ times the softmax temperature: the site `qk`."""
@@ -31,7 +33,7 @@ class WeightedValues(nn.Module):
 class Attention(nn.Module):
     """timm's multi-head self-attention with explicit matmuls; same parameters, same output.
 
-    Sites: `qkv`, `qk`, `av`, `proj`.
+    Sites: `qkv`, `qk`, `av`, `proj`. With `windows` it works on maps of tokens, window by window.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Attention(nn.Module):
         av: nn.Module,
         norm: nn.Module,
         proj: nn.Module,
+        windows: Windows | None = None,
     ) -> None:
         """Take over the given submodules; `norm` acts on the heads' joined output."""
         super().__init__()
@@ -52,33 +55,45 @@ class Attention(nn.Module):
         self.qkv, self.q_norm, self.k_norm = qkv, q_norm, k_norm
         self.qk, self.av = qk, av
         self.norm, self.proj = norm, proj
+        self.windows = windows
 
     @classmethod
-    def from_timm(cls, source: Any) -> Attention:
-        """The rewritten form of a `timm.layers.Attention` without a gate; submodules are shared."""
+    def from_timm(cls, source: Any, windows: Windows | None = None) -> Attention:
+        """The rewritten form of a `timm.layers.Attention` without a gate, or of a Swin attention;
+        submodules are shared."""
         num_heads = int(source.num_heads)
         return cls(
             num_heads,
             int(source.qkv.out_features) // 3 // num_heads,
             source.qkv,
-            source.q_norm,
-            source.k_norm,
+            getattr(source, "q_norm", nn.Identity()),
+            getattr(source, "k_norm", nn.Identity()),
             ScaledScores(float(source.scale)),
             WeightedValues(),
             getattr(source, "norm", nn.Identity()),
             source.proj,
+            windows,
         )
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """[B, T, C] → [B, T, C]. Masks are refused: no calibrated model has one."""
+        """[B, T, C] → [B, T, C], or with windows [B, H, W, C] → [B, H, W, C].
+
+        Masks are refused: no calibrated model takes one.
+        """
         if attn_mask is not None or is_causal:
             raise ValueError("a quantized attention takes no mask; call the model without one")
+        size, bias = x.shape[1:-1], None
+        if self.windows is not None:
+            bias = self.windows.bias_at((size[0], size[1]))
+            x = self.windows.cut(x)
         b, t, _ = x.shape
         q, k, v = self.split_heads(self.qkv(x), b, t)
         q, k = self.q_norm(q), self.k_norm(k)
-        y = self.core(q, k, v).transpose(1, 2).reshape(b, t, self.num_heads * self.head_dim)
+        y = self.core(q, k, v, bias).transpose(1, 2).reshape(b, t, self.num_heads * self.head_dim)
+        if self.windows is not None:
+            y = self.windows.join(y, (size[0], size[1]))
         return self.proj(self.norm(y))  # type: ignore[no-any-return]
 
     def split_heads(self, qkv: Tensor, b: int, t: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,6 +102,13 @@ class Attention(nn.Module):
         q, k, v = qkv.unbind(0)
         return q, k, v
 
-    def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q kᵀ · temperature) v for [B, H, T, D] each."""
-        return self.av(torch.softmax(self.qk(q, k), dim=-1), v)  # type: ignore[no-any-return]
+    def core(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """softmax(q kᵀ · temperature + bias) v for [B, H, T, D] each.
+
+        Args:
+            bias: float [n, H, T, T], n a divisor of B: those of every n entries of the batch.
+        """
+        scores = self.qk(q, k)
+        if bias is not None:
+            scores = add_bias(scores, bias)
+        return self.av(torch.softmax(scores, dim=-1), v)  # type: ignore[no-any-return]

@@ -23,11 +23,13 @@ class Site:
         kind: conv (patch embedding), linear, matmul_qk (q·kᵀ) or matmul_av (softmax·v).
         norm: path of the LayerNorm whose output feeds this linear layer and only layers of the same
             block with the same `norm`; None if there is none or it cannot be folded.
+        merging: whether it is Swin's patch merging, which ERQ as published does not reparameterize.
     """
 
     name: str
     kind: SiteKind
     norm: str | None = None
+    merging: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,15 @@ class ModelAdapter(Protocol):
     transformer blocks (tokens → tokens: attention, MLP, …) and the head (tokens → logits).
     `run_block` over all of them is the model. Small blocks make calibration fast: what stands
     before a site in its block is computed again for that site.
+
+    Attributes:
+        family: the name that checkpoints carry.
+        raw_sites: whether in an unprepared model, too, every linear site is a module of that name
+            which the same rows enter.
     """
 
     family: str
+    raw_sites: bool
 
     def matches(self, model: nn.Module) -> bool:
         """Whether this adapter knows the class of `model`."""

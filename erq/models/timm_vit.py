@@ -13,21 +13,22 @@ from torch import Tensor, nn
 
 from erq.models.attention import Attention
 from erq.models.sites import Block, Site, UnsupportedModelError
+from erq.models.structure import (
+    ACTS,
+    NORMS,
+    act_name,
+    check_patches,
+    check_twin,
+    foldable,
+    is_head,
+    require,
+)
 
 _MLPS: dict[type[nn.Module], str] = {
     timm.layers.Mlp: "mlp",
     timm.layers.GluMlp: "glu",
     timm.layers.SwiGLU: "swiglu",
 }
-_ACTS: dict[type[nn.Module], str] = {
-    nn.GELU: "gelu",
-    timm.layers.GELU: "gelu",
-    timm.layers.GELUTanh: "gelu_tanh",
-    timm.layers.QuickGELU: "quick_gelu",
-    nn.SiLU: "silu",
-    nn.ReLU: "relu",
-}
-_NORMS = (timm.layers.LayerNorm, timm.layers.LayerNormFp32, timm.layers.RmsNorm, nn.LayerNorm)
 _ATTENTIONS = (timm.layers.Attention, getattr(timm_vit, "Attention", timm.layers.Attention))
 
 
@@ -35,6 +36,7 @@ class TimmVit:
     """timm VisionTransformer and VisionTransformerDistilled."""
 
     family = "timm_vit"
+    raw_sites = True
 
     def matches(self, model: Any) -> bool:
         """Whether `model` is of exactly one of the classes this adapter knows."""
@@ -51,8 +53,8 @@ class TimmVit:
         out = [Block("patch_embed", (Site("patch_embed.proj", "conv"),))]
         for i, block in enumerate(model.blocks):
             name = f"blocks.{i}"
-            norm1 = _foldable(block.norm1, f"{name}.norm1")
-            norm2 = _foldable(block.norm2, f"{name}.norm2")
+            norm1 = foldable(block.norm1, f"{name}.norm1")
+            norm2 = foldable(block.norm2, f"{name}.norm2")
             mlp = [
                 Site(f"{name}.mlp.{n}", "linear", norm2)
                 for n in ("fc1_g", "fc1_x", "fc1")
@@ -66,7 +68,7 @@ class TimmVit:
             )
             out.append(Block(f"{name}.attn", attention))
             out.append(Block(f"{name}.mlp", (*mlp, Site(f"{name}.mlp.fc2", "linear"))))
-        heads = [n for n in ("head", "head_dist") if _is_head(getattr(model, n, None))]
+        heads = [n for n in ("head", "head_dist") if is_head(getattr(model, n, None))]
         out.append(Block("head", tuple(Site(n, "linear") for n in heads)))
         return out
 
@@ -119,7 +121,7 @@ class TimmVit:
             "img_size": None if embed.img_size is None else [int(s) for s in embed.img_size],
             "patch_size": [int(s) for s in embed.patch_size],
             "in_chans": self.input_shape(model)[0],
-            "num_classes": int(model.head.out_features) if _is_head(model.head) else 0,
+            "num_classes": int(model.head.out_features) if is_head(model.head) else 0,
             "global_pool": model.global_pool,
             "embed_dim": dim,
             "depth": len(model.blocks),
@@ -149,11 +151,11 @@ class TimmVit:
             "norm_eps": float(norm.eps),
             "mlp": _MLPS[type(block.mlp)],
             "gate_last": bool(getattr(block.mlp, "gate_last", True)),
-            "act": _act_name(block.mlp.act),
+            "act": act_name(block.mlp.act),
         }
         with torch.device("meta"):
             twin = self.build(kwargs)
-        _check_twin(model, twin)
+        check_twin(model, twin)
         return kwargs
 
     def build(self, kwargs: dict[str, Any]) -> nn.Module:
@@ -173,7 +175,7 @@ class TimmVit:
         }
         k.update({name: value for name, value in optional.items() if value})
         norm_name, eps, act = k.pop("norm"), k.pop("norm_eps"), k.pop("act")
-        norm_class = next(c for c in _NORMS if c.__name__ == norm_name)
+        norm_class = next(c for c in NORMS if c.__name__ == norm_name)
         size = k.pop("img_size")
         model: Any = cls(
             **k,
@@ -192,25 +194,8 @@ class TimmVit:
         return built
 
 
-def _is_head(module: nn.Module | None) -> bool:
-    return module is not None and not isinstance(module, nn.Identity)
-
-
-def _foldable(norm: nn.Module, name: str) -> str | None:
-    """`name` if the norm has the affine parameters that reparameterization folds into."""
-    return name if isinstance(norm, nn.LayerNorm) and norm.weight is not None else None
-
-
 def _first_norm(model: Any) -> Any:
     return model.blocks[0].norm1
-
-
-def _require(part: nn.Module | None, allowed: tuple[type[nn.Module], ...], name: str) -> None:
-    if type(part) not in allowed:
-        raise UnsupportedModelError(
-            f"{name} is a {type(part).__name__}; understood there: "
-            f"{', '.join(sorted({a.__name__ for a in allowed}))}"
-        )
 
 
 def _check_structure(model: Any) -> None:
@@ -221,75 +206,36 @@ def _check_structure(model: Any) -> None:
         raise UnsupportedModelError(
             f"attn_pool ({type(model.attn_pool).__name__}): attention pooling is not understood"
         )
-    _require(model.patch_embed, (timm.layers.PatchEmbed,), "patch_embed")
-    proj = model.patch_embed.proj
-    _require(proj, (nn.Conv2d,), "patch_embed.proj")
-    if proj.kernel_size != proj.stride or any(proj.padding) or proj.groups != 1:
-        raise UnsupportedModelError(
-            f"patch_embed.proj: patches must not overlap or be padded, got kernel "
-            f"{proj.kernel_size}, stride {proj.stride}, padding {proj.padding}"
-        )
-    _require(model.blocks[0], (timm_vit.Block,), "blocks.0")
-    norms = _NORMS
+    require(model.patch_embed, (timm.layers.PatchEmbed,), "patch_embed")
+    check_patches(model.patch_embed.proj, "patch_embed.proj")
+    require(model.blocks[0], (timm_vit.Block,), "blocks.0")
+    norms = NORMS
     norm = _first_norm(model)
     identity = (nn.Identity,)
     for i, block in enumerate(model.blocks):
         name = f"blocks.{i}"
-        _require(block, (timm_vit.Block,), name)
-        _require(block.attn, _ATTENTIONS, f"{name}.attn")
+        require(block, (timm_vit.Block,), name)
+        require(block.attn, _ATTENTIONS, f"{name}.attn")
         if getattr(block.attn, "gate", None) is not None:
             raise UnsupportedModelError(f"{name}.attn.gate: gated attention is not understood")
-        _require(block.mlp, tuple(_MLPS), f"{name}.mlp")
-        _require(block.mlp.act, tuple(_ACTS), f"{name}.mlp.act")
+        require(block.mlp, tuple(_MLPS), f"{name}.mlp")
+        require(block.mlp.act, tuple(ACTS), f"{name}.mlp.act")
         for part in ("norm1", "norm2"):
-            _require(getattr(block, part), norms, f"{name}.{part}")
+            require(getattr(block, part), norms, f"{name}.{part}")
             if getattr(block, part).eps != norm.eps:
                 raise UnsupportedModelError(f"{name}.{part}: eps differs from blocks.0.norm1")
         for part in ("ls1", "ls2"):
-            _require(getattr(block, part), (*identity, timm.layers.LayerScale), f"{name}.{part}")
+            require(getattr(block, part), (*identity, timm.layers.LayerScale), f"{name}.{part}")
         for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"):
             owner, _, leaf = part.partition(".")
             if hasattr(getattr(block, owner), leaf):
-                _require(block.get_submodule(part), (nn.Linear,), f"{name}.{part}")
+                require(block.get_submodule(part), (nn.Linear,), f"{name}.{part}")
         for part in ("attn.q_norm", "attn.k_norm", "attn.norm", "mlp.norm"):
             owner, _, leaf = part.partition(".")
             if hasattr(getattr(block, owner), leaf):
-                _require(block.get_submodule(part), norms + identity, f"{name}.{part}")
+                require(block.get_submodule(part), norms + identity, f"{name}.{part}")
     for part in ("norm", "fc_norm", "norm_pre"):
-        _require(getattr(model, part), norms + identity, part)
+        require(getattr(model, part), norms + identity, part)
     for part in ("head", "head_dist"):
         if hasattr(model, part):
-            _require(getattr(model, part), (nn.Linear, nn.Identity), part)
-
-
-def _act_name(act: nn.Module) -> str:
-    if isinstance(act, nn.GELU) and act.approximate == "tanh":
-        return "gelu_tanh"
-    return _ACTS[type(act)]
-
-
-def _behaviour(module: nn.Module) -> dict[str, Any]:
-    """What a module computes beyond its parameters, as far as modules of one model may differ."""
-    if type(module) in _ACTS:
-        return {"activation": _act_name(module)}
-    names = ("num_heads", "scale", "eps", "gate_last")
-    return {name: getattr(module, name) for name in names if hasattr(module, name)}
-
-
-def _check_twin(model: nn.Module, twin: nn.Module) -> None:
-    """Raise if the rebuilt architecture has other parameters or computes something else."""
-    ours = {n: tuple(p.shape) for n, p in model.state_dict().items()}
-    built = {n: tuple(p.shape) for n, p in twin.state_dict().items()}
-    for name in sorted(ours.keys() | built.keys()):
-        if ours.get(name) != built.get(name):
-            raise UnsupportedModelError(
-                f"{name}: the model has shape {ours.get(name)}, its architecture as understood has "
-                f"{built.get(name)}"
-            )
-    rebuilt = dict(twin.named_modules())
-    for name, module in model.named_modules():
-        if name in rebuilt and _behaviour(module) != _behaviour(rebuilt[name]):
-            raise UnsupportedModelError(
-                f"{name}: the model has {_behaviour(module)}, its architecture as understood has "
-                f"{_behaviour(rebuilt[name])}; blocks that differ are not understood"
-            )
+            require(getattr(model, part), (nn.Linear, nn.Identity), part)

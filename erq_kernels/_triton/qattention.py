@@ -203,7 +203,7 @@ def _store(
 @triton.jit
 def qattention_kernel(
     q, k, v, out, bias, q_zero_point, k_zero_point, v_zero_point, score_scale, p_inv_scale,
-    value_scale, inv_scale, zero_point, H, T, D,
+    value_scale, inv_scale, zero_point, H, T, D, bias_batches,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
     stride_bb, stride_bh, stride_bm, stride_bn,
@@ -211,7 +211,8 @@ def qattention_kernel(
     PER_COLUMN: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v int8 [B, H, T, D] → out fp32, or int8 codes if OUT_BITS > 0; bias [B, H, T, T].
+    """q, k, v int8 [B, H, T, D] → out fp32, or int8 codes if OUT_BITS > 0; bias [n, H, T, T],
+    n = bias_batches: those of every n entries of the batch in turn.
 
     Without p_inv_scale the probabilities are not quantized.
     """
@@ -225,7 +226,7 @@ def qattention_kernel(
     v += batch * stride_vb + head * stride_vh
     out += batch * stride_ob + head * stride_oh
     if bias is not None:
-        bias += batch * stride_bb + head * stride_bh
+        bias += (batch % bias_batches) * stride_bb + head * stride_bh
     # What a stored code of value 0 holds (formats.code_offset).
     qk_offset: tl.constexpr = 128 if QK_BITS == 8 else 0
     av_offset: tl.constexpr = 128 if AV_BITS == 8 else 0
@@ -361,14 +362,15 @@ def _plan(
         chunks = last = 0
     block_m = 64 if chunks or tail else 128
     block_n = {0: 64, 16: 32, 32: 32, 64: 16}[tail]
+    biases = bias.shape[0] if bias is not None and bias.dim() == 4 else 1
     args: dict[str, Any] = {
         "q": q, "k": k, "v": v, "out": out,
-        "bias": None if bias is None else bias.expand(b, h, t, t),
+        "bias": None if bias is None else bias.expand(biases, h, t, t),
         "q_zero_point": q_zero_point, "k_zero_point": k_zero_point, "v_zero_point": v_zero_point,
         "score_scale": score_scale, "p_inv_scale": p_inv_scale, "value_scale": value_scale,
         "inv_scale": None if out_inv_scale is None else out_inv_scale.contiguous(),
         "zero_point": None if out_zero_point is None else out_zero_point.contiguous(),
-        "H": h, "T": t, "D": d,
+        "H": h, "T": t, "D": d, "bias_batches": biases,
     }  # fmt: skip
     for name, letter, axes in (
         ("q", "q", "bhtd"), ("k", "k", "bhtd"), ("v", "v", "bhtd"), ("out", "o", "bhtd"),
@@ -390,6 +392,8 @@ def _plan(
         },
         num_warps=block_m // 16,
         num_stages=1 if tail > 16 else 2,
+        # For sm_100, ptxas would otherwise aim at more programs a multiprocessor, and spill.
+        max_registers=248 if chunks > 2 or tail else None,
     )  # fmt: skip
 
 
@@ -451,28 +455,32 @@ def qattention_why_not(
 
 
 def static_cases(arch: int) -> Iterator[StaticCase]:
-    """Attention of DeiT-S at 4 and 8 bits, of Swin, of long rows, and of heads of 80 and 96."""
+    """Attention of DeiT-S at 4 and 8 bits and with float probabilities, of Swin, of long rows, and
+    of heads of 80 and 96.
+    """
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     zero = empty(dtype=torch.int32)
-    for b, h, t, d, bits, has_bias in (
-        (256, 6, 197, 64, 4, False),
-        (256, 6, 197, 64, 8, False),
-        (4096, 3, 49, 32, 4, True),
-        (64, 6, 577, 64, 4, False),
-        (64, 16, 257, 80, 4, False),
-        (64, 8, 144, 96, 4, True),
+    # Small loads: a thread has 4 or 8 bytes of the tiles of dimensions 64…
+    for b, h, t, d, bits, has_bias, is_float, small_loads in (
+        (256, 6, 197, 64, 4, False, False, 0),
+        (256, 6, 197, 64, 8, False, False, 0),
+        (256, 6, 197, 64, 8, False, True, 0),
+        (4096, 3, 49, 32, 4, True, False, 0),
+        (64, 6, 577, 64, 4, False, False, 0),
+        (64, 6, 577, 64, 8, False, True, 0),
+        (64, 16, 257, 80, 4, False, False, 3),
+        (64, 8, 144, 96, 4, True, False, 3),
     ):
         q, k, v = empty(b, t, 3, h, d, dtype=torch.int8).permute(2, 0, 3, 1, 4)
         bias = empty(h, t, t) if has_bias else None
         out = empty(b, t, h, d, dtype=torch.int8).transpose(1, 2)
         launch = _plan(
-            q, k, v, out, zero, zero, zero, empty(), empty(), empty(), bits, bits, True, bias,
-            empty(), zero, bits,
+            q, k, v, out, zero, zero, zero, empty(), None if is_float else empty(), empty(), bits,
+            bits, True, bias, empty(), zero, bits,
         )  # fmt: skip
-        name = f"qattention {t}×{d} {bits} bits{' bias' if has_bias else ''}"
-        # A thread's share of the tile of dimensions 64… is 4 bytes, and rows of a bias are as
-        # aligned as its elements.
-        yield StaticCase(name, launch, load_bytes=4 if has_bias or d > 64 else 16)
+        name = f"qattention {t}×{d} {bits} bits"
+        name += (" bias" if has_bias else "") + (" float" if is_float else "")
+        yield StaticCase(name, launch, small_loads=small_loads)

@@ -74,6 +74,33 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
+# `images` are of another size than the model was made for.
+SWIN_CASES: dict[str, tuple[dict[str, Any], Any]] = {
+    **{bits: ({}, bits) for bits in ("w4a4", "w3a4", "w4a8", "w8a8", "w2a2", "w6a6", "w3a16")},
+    "as published": ({}, QuantConfig.paper("w4a4")),
+    "softmax and values in float": ({}, {"attention": "float"}),
+    "mixed bits": (
+        {},
+        {
+            "overrides": {
+                "layers.0.*": {"w_bits": 3},
+                "layers.0.blocks.1.attn.av": {"a_bits": 6},
+                "layers.1.downsample.reduction": {"a_bits": 8},
+                "layers.1.blocks.*.mlp.fc2": {"a_bits": 16},
+            }
+        },
+    ),
+    "merging kept in float": ({}, {"keep_float": ["*.reduction", "head.fc"]}),
+    "windows with padding": ({"img_size": (20, 28)}, "w4a4"),
+    "padding, attention in float": ({"img_size": (20, 28)}, {"attention": "float"}),
+    "padding, qkv in float": ({"img_size": (20, 28)}, {"keep_float": ["*.qkv"]}),
+    "any size": ({"strict_img_size": False, "images": (20, 12)}, "w4a4"),
+    "windows larger than the map": ({"window_size": 9, "always_partition": True}, "w4a4"),
+    "heads in another order of columns": ({"embed_dim": 24, "num_heads": (2, 3)}, "w4a4"),
+    "no qkv bias": ({"qkv_bias": False, "num_classes": 0}, "w4a4"),
+}
+
+
 @contextmanager
 def traced(model: Any) -> Iterator[Trace]:
     """Collect what enters every site when the model runs on the reference backend.
@@ -164,9 +191,26 @@ def float_only(model: Any, name: str) -> bool:
 def test_codes_are_equal_at_every_site(
     settings: dict[str, Any], config: Any, tiny_vit: Build, tmp_path: Path
 ) -> None:
-    model = tiny_vit(**settings)
-    sim: Any = erq.quantize(model, torch.randn(6, 3, 16, 16), config)
-    x = torch.randn(3, 3, 16, 16)
+    check_codes(tiny_vit(**settings), config, torch.randn(9, 3, 16, 16), tmp_path)
+
+
+@pytest.mark.parametrize(("settings", "config"), SWIN_CASES.values(), ids=SWIN_CASES.keys())
+def test_codes_of_a_swin_are_equal_at_every_site(
+    settings: dict[str, Any], config: Any, tiny_swin: Build, tmp_path: Path
+) -> None:
+    settings = dict(settings)
+    size = settings.pop("images", settings.get("img_size", (16, 16)))
+    check_codes(tiny_swin(**settings), config, torch.randn(9, 3, *size), tmp_path)
+
+
+def check_codes(model: nn.Module, config: Any, images: Tensor, tmp_path: Path) -> None:
+    """Simulated, deployed and reloaded, `model` has the same codes at every site.
+
+    Args:
+        images: three to compare on, after those to calibrate on.
+    """
+    sim: Any = erq.quantize(model, images[:-3], config)
+    x = images[-3:]
     expected, logits = trace_of(sim, x)
     assert [name for name, _ in expected] == [s.name for s in sim.erq_info.sites] != []
     assert float(logits.std()) > 0.05  # logits that a lost site would change

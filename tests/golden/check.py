@@ -37,6 +37,7 @@ Exit status: 0 all within, 1 something outside, 2 a file that cannot be used.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import zipfile
 from collections import Counter
@@ -52,6 +53,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout need not be installed
 
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from erq.calib.calibrate import RANGE_IMAGES, calibrate_site
@@ -94,6 +96,7 @@ OFF_GRID = 1e-3
 
 NOISE, NOISY_COPIES, SPREAD_FACTOR = 5e-7, 8, 3.0
 
+KINDS = ("vit", "swin")
 DEFAULT_HEADS = 2
 SOLVED = ("linear", "conv")
 HEAD_RIDGE = 0.1
@@ -138,8 +141,8 @@ def read_meta(text: np.ndarray[Any, Any] | None) -> dict[str, Any]:
         raise UnusableFileError("not a golden file: it has no JSON text `meta`") from error
     if not isinstance(meta, dict) or "kind" not in meta:
         raise UnusableFileError("not a golden file: `meta` names no kind of network")
-    if meta["kind"] != "vit":
-        raise UnusableFileError(f"kind {meta['kind']!r} is not covered yet, only 'vit' is")
+    if meta["kind"] not in KINDS:
+        raise UnusableFileError(f"kind {meta['kind']!r} is not covered, {' and '.join(KINDS)} are")
     if meta.get("rounded_zero_point") is not True:
         raise UnusableFileError("its mean zero points are not rounded (meta rounded_zero_point)")
     for name in ("w_bits", "a_bits"):
@@ -173,12 +176,32 @@ class Golden:
                 raise UnusableFileError(f"{name} holds NaN or infinite values")
 
     @property
+    def swin(self) -> bool:
+        """Whether the network is a Swin transformer, otherwise a ViT."""
+        return bool(self.meta["kind"] == "swin")
+
+    def named(self, path: str) -> str:
+        """The file's path of a module: timm moved Swin's downsample and named its head `head.fc`.
+
+        With an array's name in front of it, as `act.head.fc`, that stays.
+        """
+        if not self.swin:
+            return path
+        path = re.sub(r"\bhead\.fc\b", "head", path)
+        return re.sub(
+            r"\blayers\.(\d+)\.downsample\b",
+            lambda m: f"layers.{int(m[1]) - 1}.downsample",
+            path,
+        )
+
+    @property
     def ridge(self) -> float:
         """λ on sums over rows."""
         return 0.1 * float(self.meta["coe"])
 
     def get(self, name: str, shape: tuple[int, ...] | torch.Size | None = None) -> Tensor:
         """An array by its name, viewed in `shape` if that is given; −1 stands for any size."""
+        name = self.named(name)
         if name not in self.tensors:
             raise UnusableFileError(f"it lacks the array {name}")
         value = self.tensors[name]
@@ -195,13 +218,25 @@ class Golden:
         return value if -1 in shape else value.reshape(shape)
 
     def state(self, *prefixes: str) -> dict[str, Tensor]:
-        """Model parameters by name; later prefixes go before earlier ones."""
+        """Model parameters by timm's name of today; later prefixes go before earlier ones."""
+        skipped = ("quantizer", "relative_position_index", "attn_mask")
         return {
-            name.removeprefix(f"{prefix}."): value
+            self.timm_name(name.removeprefix(f"{prefix}.")): value
             for prefix in prefixes
             for name, value in self.tensors.items()
-            if name.startswith(f"{prefix}.") and "quantizer" not in name
+            if name.startswith(f"{prefix}.") and not any(word in name for word in skipped)
         }
+
+    def timm_name(self, name: str) -> str:
+        """A parameter's name in timm of today; the reverse of `named`."""
+        if not self.swin:
+            return name
+        name = re.sub(r"^head\.", "head.fc.", name)
+        return re.sub(
+            r"^layers\.(\d+)\.downsample\b",
+            lambda m: f"layers.{int(m[1]) + 1}.downsample",
+            name,
+        )
 
     def affine(
         self, name: str, bits: int, rows: int | None = None, suffix: str = ""
@@ -231,10 +266,10 @@ class Golden:
         """The weight quantizer of a layer of `shape` [N, K]."""
         name, bits = f"wq.{layer}", self.meta["w_bits"]
         plain = self.affine(name, bits, shape[0])
-        if f"{name}.outlier_columns" not in self.tensors:
+        if self.named(f"{name}.outlier_columns") not in self.tensors:
             return plain
         columns = self.get(f"{name}.outlier_columns", (-1,)).long().unique()
-        count = self.tensors[f"{name}.outlier_columns"].numel()
+        count = self.get(f"{name}.outlier_columns").numel()
         if not 0 < len(columns) == count < shape[1] or columns[0] < 0 or columns[-1] >= shape[1]:
             raise UnusableFileError(
                 f"{name}.outlier_columns are not distinct columns of {shape[1]}, or all of them"
@@ -243,12 +278,54 @@ class Golden:
 
 
 def build_model(golden: Golden, *prefixes: str, heads: int) -> nn.Module:
-    """timm's VisionTransformer with the file's parameters; LayerNorm eps is timm's 1e-6."""
+    """The file's network with its parameters.
+
+    Args:
+        heads: of a ViT; the table of position biases tells those of a Swin.
+    """
     state = golden.state(*prefixes)
+    model = build_swin(golden, state) if golden.swin else build_vit(golden, state, heads)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UnusableFileError(" ".join(str(error).split())) from error
+    return model.eval()
+
+
+def build_swin(golden: Golden, state: dict[str, Tensor]) -> nn.Module:
+    """timm's SwinTransformer; LayerNorm eps is timm's 1e-5."""
+    dim, channels, *patch = golden.get("fp.patch_embed.proj.weight", (-1, -1, -1, -1)).shape
+    depths: Counter[int] = Counter()
+    heads, window = [], 0
+    for name, value in state.items():
+        place = re.fullmatch(r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_\w+_table", name)
+        if place is not None and value.dim() == 2:
+            depths[int(place[1])] += 1
+            window = (round(len(value) ** 0.5) + 1) // 2
+            if place[2] == "0":
+                heads.append(value.shape[1])
+    if not heads or len(heads) != len(depths):
+        raise UnusableFileError("it lacks tables of relative position biases")
+    return SwinTransformer(
+        img_size=tuple(golden.get("images", (-1, channels, -1, -1)).shape[2:]),
+        patch_size=tuple(patch),
+        in_chans=channels,
+        num_classes=len(golden.get("fp.head.weight", (-1, -1))),
+        embed_dim=dim,
+        depths=tuple(depths[stage] for stage in sorted(depths)),
+        num_heads=tuple(heads),
+        window_size=window,
+        mlp_ratio=len(golden.get("fp.layers.0.blocks.0.mlp.fc1.weight", (-1, dim))) / dim,
+        qkv_bias="layers.0.blocks.0.attn.qkv.bias" in state,
+    )
+
+
+def build_vit(golden: Golden, state: dict[str, Tensor], heads: int) -> nn.Module:
+    """timm's VisionTransformer; LayerNorm eps is timm's 1e-6."""
     dim, channels, *patch = golden.get("fp.patch_embed.proj.weight", (-1, -1, -1, -1)).shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     hidden = len(golden.get("fp.blocks.0.mlp.fc1.weight", (-1, dim)))
-    model = VisionTransformer(
+    return VisionTransformer(
         img_size=tuple(golden.get("images", (-1, channels, -1, -1)).shape[2:]),
         patch_size=tuple(patch),
         in_chans=channels,
@@ -259,11 +336,6 @@ def build_model(golden: Golden, *prefixes: str, heads: int) -> nn.Module:
         mlp_ratio=(hidden + 0.5) / dim,
         qkv_bias="blocks.0.attn.qkv.bias" in state,
     )
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UnusableFileError(" ".join(str(error).split())) from error
-    return model.eval()
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -283,6 +355,10 @@ def unexplained(ours: Tensor, theirs: Tensor, noisy: list[Tensor]) -> float:
 def rebuild(golden: Golden) -> tuple[int, Row]:
     """The number of heads that reproduces the file's logits best, and how well it does."""
     images = golden.get("test_images", (-1, *golden.get("images", (-1, -1, -1, -1)).shape[1:]))
+    if golden.swin:
+        ours = build_model(golden, "fp", heads=0)(images)
+        best = relative(ours, golden.get("fp_logits", ours.shape))
+        return 0, Row("fp", "network", {"logits": f"{best:.1e}"}, judge(True, best <= LOGITS))
     dim = len(golden.get("fp.patch_embed.proj.weight", (-1, -1, -1, -1)))
     divisors = [h for h in range(1, dim + 1) if dim % h == 0]
     stated = golden.meta.get("heads")
@@ -354,14 +430,25 @@ COLUMNS = {
 }
 
 
-def fitted_values(site: Site, model: nn.Module) -> dict[str, Fitted]:
+def query_factor(golden: Golden, module: SimScores) -> float:
+    """What the official code multiplies q by before it is quantized: in Swin the temperature.
+
+    A quantizer's scale goes with its input, so the codes are the same either way.
+    """
+    return module.temperature if golden.swin else 1.0
+
+
+def fitted_values(golden: Golden, site: Site, model: nn.Module) -> dict[str, Fitted]:
     """What calibration found at a site, by column title."""
     module = model.get_submodule(site.name)
     path = site.name.rpartition(".")[0]
     quantizers: dict[str, tuple[str, Any]]
     if isinstance(module, SimScores):
         name = f"{path}.matmul1.quantizer_"
-        quantizers = {"": (f"{name}A", module.q_params), " B": (f"{name}B", module.k_params)}
+        q = module.q_params
+        assert q is not None
+        q = replace(q, scale=q.scale * query_factor(golden, module))
+        quantizers = {"": (f"{name}A", q), " B": (f"{name}B", module.k_params)}
     elif isinstance(module, SimValues):
         name = f"{path}.matmul2.quantizer_"
         quantizers = {"": (f"{name}A", module.p_params), " B": (f"{name}B", module.v_params)}
@@ -386,7 +473,8 @@ def adopt_stored(golden: Golden, site: Site, model: nn.Module) -> None:
     module = model.get_submodule(site.name)
     path = site.name.rpartition(".")[0]
     if isinstance(module, SimScores):
-        module.q_params = golden.activation(f"{path}.matmul1.quantizer_A")
+        q = golden.activation(f"{path}.matmul1.quantizer_A")
+        module.q_params = replace(q, scale=q.scale / query_factor(golden, module))
         module.k_params = golden.activation(f"{path}.matmul1.quantizer_B")
     elif isinstance(module, SimValues):
         module.p_params = golden.softmax(f"{path}.matmul2.quantizer_A")
@@ -417,7 +505,7 @@ def fit_ranges(golden: Golden, heads: int, seed: int) -> dict[Site, dict[str, Fi
             module = model.get_submodule(site.name)
             group = [module] if isinstance(module, SimLinear) else []
             calibrate_site(site, model, run, stream, group, config)
-            fitted[site] = fitted_values(site, model)
+            fitted[site] = fitted_values(golden, site, model)
             if site.kind == "matmul_av":
                 scale = fitted[site]["scale"]
                 theirs = golden.get(f"act.{scale.array}", ())
@@ -631,8 +719,14 @@ def check_final(golden: Golden, layer: Layer, params: WeightParams, bias: Tensor
     weight = golden.get(f"final.{layer.name}.weight", shape)
     their_codes = quantize(weight, params)
     step = params.rest.scale if isinstance(params, DualAffineParams) else params.scale
-    off_grid = float(((dequantize(their_codes, params) - weight).abs() / step[:, None]).max())
-    equal = float((codes == their_codes).double().mean())
+    # README.md: without a bias the official code leaves the last column off the grid.
+    compared = slice(None) if layer.has_bias else slice(-1)
+    if not layer.has_bias:
+        codes[:, -1] = their_codes[:, -1]
+        weight = torch.cat([weight[:, :-1], dequantize(their_codes, params)[:, -1:]], dim=1)
+    distance = (dequantize(their_codes, params) - weight).abs() / step[:, None]
+    off_grid = float(distance[:, compared].max())
+    equal = float((codes == their_codes)[:, compared].double().mean())
     their_bias = torch.zeros_like(bias)
     if layer.has_bias:
         their_bias = golden.get(f"final.{layer.name}.bias", bias.shape).double()

@@ -21,6 +21,8 @@ GOLDEN = HERE / "vit_w4a4.npz"
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
+SWIN = HERE / "swin_w4a4.npz"
+
 LAYERS = [
     "patch_embed.proj",
     *(f"blocks.{i}.{n}" for i in (0, 1) for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")),
@@ -53,21 +55,42 @@ def arrays() -> Arrays:
         return {name: archive[name] for name in archive.files}
 
 
+SWIN_BLOCKS = [f"layers.{i}.blocks.{j}" for i in (0, 1) for j in (0, 1)]
+SWIN_LAYERS = [
+    "patch_embed.proj",
+    *(f"{b}.{n}" for b in SWIN_BLOCKS for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")),
+    "layers.1.downsample.reduction",
+    "head.fc",
+]
+SWIN_MATMULS = [f"{b}.attn.{n}" for b in SWIN_BLOCKS for n in ("qk", "av")]
+
+
 def rows_of(text: str) -> dict[tuple[str, str], str]:
     """(stage, layer) → verdict of a printed report."""
     table = [line.split() for line in text.splitlines()]
     return {(c[0], c[1]): c[-1] for c in table if c and c[-1] in ("ok", "tie", "FAIL")}
 
 
-@pytest.mark.parametrize("name", ["vit_w4a4", "vit_w3a4"])
+@pytest.mark.parametrize(
+    ("name", "layers", "matmuls"),
+    [
+        ("vit_w4a4", LAYERS, MATMULS),
+        ("vit_w3a4", LAYERS, MATMULS),
+        pytest.param("swin_w4a4", SWIN_LAYERS, SWIN_MATMULS, marks=pytest.mark.slow),
+    ],
+)
 def test_published_results_pass(
-    check: ModuleType, name: str, capsys: pytest.CaptureFixture[str]
+    check: ModuleType,
+    name: str,
+    layers: list[str],
+    matmuls: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert check.main([str(HERE / f"{name}.npz")]) == 0
     rows = rows_of(capsys.readouterr().out)
     expected = {("fp", "network")}
-    expected |= {(s, layer) for s in ("reparam", "aqer", "wq", "final") for layer in LAYERS}
-    expected |= {("act", layer) for layer in [*LAYERS[1:], *MATMULS]}
+    expected |= {(s, layer) for s in ("reparam", "aqer", "wq", "final") for layer in layers}
+    expected |= {("act", layer) for layer in [*layers[1:], *matmuls]}
     assert rows.keys() == expected
     assert set(rows.values()) == {"ok"}
 
@@ -196,13 +219,60 @@ def test_other_files_are_refused(
         assert line.startswith(f"cannot check {path}: ")
 
 
-def test_program_refuses_swin() -> None:
+def test_program_refuses_another_kind(arrays: Arrays, tmp_path: Path) -> None:
+    path = tmp_path / "other.npz"
+    np.savez(path, **(arrays | meta_changed(kind="mlp_mixer")(arrays)))
     result = subprocess.run(
-        [sys.executable, str(PROGRAM), str(HERE / "swin_w4a4.npz")],
+        [sys.executable, str(PROGRAM), str(path)],
         capture_output=True,
         text=True,
         check=False,
     )
     assert (result.returncode, result.stdout) == (2, "")
     [line] = result.stderr.splitlines()
-    assert "kind 'swin' is not covered yet" in line
+    assert "kind 'mlp_mixer' is not covered, vit and swin are" in line
+
+
+def last_column_moved(arrays: Arrays) -> Arrays:
+    name = "final.layers.0.downsample.reduction.weight"
+    weight = arrays[name].copy()
+    weight[:, -1] += 0.4 * arrays["wq.layers.0.downsample.reduction.delta"][:, 0]
+    return {name: weight}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "stage", "layer", "verdict"),
+    [
+        (last_column_moved, "final", "layers.1.downsample.reduction", "ok"),
+        (
+            scaled("final.layers.0.downsample.reduction.weight", 1.05),
+            "final",
+            "layers.1.downsample.reduction",
+            "FAIL",
+        ),
+        (
+            scaled("act.layers.0.blocks.1.attn.matmul1.quantizer_A.delta", 1.01),
+            "act",
+            "layers.0.blocks.1.attn.qk",
+            "FAIL",
+        ),
+    ],
+)
+def test_changed_swin(
+    check: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Arrays], Arrays],
+    stage: str,
+    layer: str,
+    verdict: str,
+) -> None:
+    monkeypatch.setattr(check, "NOISY_COPIES", 1)  # other rows may need the eight to be excused
+    with np.load(SWIN) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    path = tmp_path / "changed.npz"
+    np.savez(path, **(arrays | change(arrays)))
+    check.main([str(path)])
+    assert rows_of(capsys.readouterr().out)[stage, layer] == verdict

@@ -94,7 +94,7 @@ def softmax_levels(call: Call) -> Tensor:
         call["score_scale"],
     )  # fmt: skip
     if call["bias"] is not None:
-        scores = scores + call["bias"]
+        scores = scores + reference.batch_bias(call["bias"], len(scores))
     p = scores.double().softmax(dim=-1)
     return -2 * (p * call["p_inv_scale"].double()).log2()
 
@@ -209,6 +209,18 @@ def test_relative_position_bias_and_mask(device: torch.device) -> None:
     mask[1, :, : t // 2, t // 2 :] = -100.0
     for added in (bias, mask, bias + mask, torch.randn(1, 1, 1, t), torch.randn(t, 1)):
         check(build((2, 2, t, 16), device, bias=added))
+
+
+def test_a_bias_for_every_window_of_several_images(device: torch.device, poison: None) -> None:
+    # Three images of two windows each.
+    bias = torch.randn(2, 3, 16, 16) + torch.tensor([0.0, -100.0])[:, None, None, None].expand(
+        2, 3, 16, 16
+    ).tril(-1)
+    call = build((6, 3, 16, 32), device, bias=bias)
+    check(call)
+    whole = {**call, "bias": bias.repeat(3, 1, 1, 1).to(device)}
+    assert torch.equal(run(call), run(whole))
+    assert not torch.equal(run(call), run({**call, "bias": call["bias"].flip(0)}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

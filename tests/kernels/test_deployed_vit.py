@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -88,7 +89,23 @@ def demo() -> tuple[Any, Tensor]:
     return erq.deploy(sim, "reference"), images[:4]
 
 
-@pytest.mark.parametrize("network", [golden_size, demo])
+@cache
+def swin() -> tuple[Any, Tensor]:
+    """Shifted and padded windows: maps of 10×8 and 5×4 tokens in windows of 4×4."""
+    torch.manual_seed(0)
+    model = SwinTransformer(
+        img_size=(20, 16), patch_size=2, num_classes=10, embed_dim=32, depths=(2, 2),
+        num_heads=(2, 4), window_size=4, mlp_ratio=2.0,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn_like(p) * (0.2 if p.dim() < 2 else p.shape[-1] ** -0.5)
+            p.copy_(noise + 1 if "norm" in name and name.endswith("weight") else noise)
+    images = torch.randn(10, 3, 20, 16)
+    return erq.deploy(erq.quantize(model, images[:8], "w4a4"), "reference"), images[8:]
+
+
+@pytest.mark.parametrize("network", [golden_size, demo, swin])
 def test_codes_of_the_reference(network: Any, device: torch.device) -> None:
     net, x = network()
     check(net.to(device), x.to(device), dispatch.chosen())
