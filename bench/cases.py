@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
+import tempfile
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+import triton
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -76,6 +80,22 @@ def real_task(folder: Path = REAL) -> Task:
     )
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Times of one way to do something, in ms: median, and the quarters below and above it."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, times: list[float]) -> Spread:
+        """The spread of measured times."""
+        low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
+        return cls(float(median), float(low), float(high), len(times))
+
+
 def device_name() -> str:
     """A short name of the machine's processor or GPU, fit for a folder."""
     if torch.cuda.is_available():
@@ -92,15 +112,37 @@ def versions() -> dict[str, Any]:
         "timm": timm.__version__,
         "threads": torch.get_num_threads(),
         "device": device_name(),
+        **_gpu_state(),
     }
+
+
+def _gpu_state() -> dict[str, str]:
+    """Triton's version and the clocks and power of a GPU, as its driver says; empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    query = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,driver_version"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    values = done.stdout.splitlines()[0].split(", ")
+    return {"triton": triton.__version__} | dict(zip(query.split(","), values, strict=True))
 
 
 class ResultFile:
     """JSON lines under bench/results/<device>/; each row carries the versions."""
 
-    def __init__(self, name: str, resume: bool = False) -> None:
-        """Open results/<device>/<name>.jsonl, empty unless `resume`."""
-        folder = RESULTS / device_name()
+    def __init__(self, name: str, resume: bool = False, smoke: bool = False) -> None:
+        """Open results/<device>/<name>.jsonl, empty unless `resume`.
+
+        Args:
+            smoke: a trial run, whose rows go to a temporary folder.
+
+        The environment variable ERQ_RESULTS names another folder than bench/results.
+        """
+        root = Path(os.environ.get("ERQ_RESULTS") or (tempfile.mkdtemp() if smoke else RESULTS))
+        folder = root / device_name()
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{name}.jsonl"
         if not (resume and self.path.exists()):

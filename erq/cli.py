@@ -32,6 +32,7 @@ from erq.options import (
     Weights,
     as_batch_sizes,
     as_device,
+    as_engines,
     as_settings,
     as_timm_options,
     check_backend_name,
@@ -376,6 +377,14 @@ def report(
 def bench(
     model: Annotated[str, typer.Argument(metavar="FILE|MODEL")],
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Engines that run the same architecture, in turns with it, comma-separated: "
+            "torch, compile, onnxruntime, openvino, torchao; with -bf16 behind it in bfloat16. "
+            "Default: torch for a FILE."
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time budget per row.")] = 2.0,
     model_arg: ModelArgs = None,
     backend: Backend = "auto",
@@ -384,26 +393,30 @@ def bench(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Time forward passes; a FILE is compared with torch fp32 of the same architecture.
+    """Time forward passes, beside other engines that run the same architecture.
 
     The weights of a timm model are random here: no time depends on them.
     """
     sizes = as_batch_sizes(batch)
     options = as_timm_options([model], None, False, model_arg)
     check_backend_name(backend)
+    chosen = None if against is None else as_engines(against)
     where = as_device(device)
     from erq.loading import full_precision_twin, load_model
     from erq.report import Output, timing_table
-    from erq.timing import benchmark
+    from erq.timing import compare
 
     net = load_model(model, replace(options, random_weights=True), where, backend)
-    timings = []
-    if hasattr(net, "erq_info"):
-        twin = full_precision_twin(net).to(where)
-        timings += benchmark(twin, sizes, seconds=seconds, name="torch fp32")
-    timings += benchmark(net, sizes, seconds=seconds, name=model)
+    packed = hasattr(net, "erq_info")
+    twin = full_precision_twin(net).to(where) if packed else net
+    if chosen is None:
+        chosen = ["torch"] if packed else []
+    timings, notes = compare(net, twin, chosen, sizes, seconds=seconds, name=model)
+    for note in notes:
+        print(note, file=sys.stderr)
     Output(json, quiet).result(
-        {"timings": [t.to_dict() for t in timings]}, timing_table("Forward passes", timings)
+        {"timings": [t.to_dict() for t in timings], "left_out": notes},
+        timing_table("Forward passes", timings),
     )
 
 

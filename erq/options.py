@@ -80,6 +80,19 @@ def as_device(name: str) -> torch.device:
     return device
 
 
+def as_engines(names: str) -> list[str]:
+    """Engine names by commas; none of them unknown."""
+    from erq.engines import check_engine
+
+    engines = [name.strip() for name in names.split(",") if name.strip()]
+    for name in engines:
+        try:
+            check_engine(name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--against") from error
+    return engines
+
+
 def check_backend_name(name: str) -> None:
     from erq_kernels.dispatch import check_backend
 

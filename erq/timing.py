@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from erq.deployment.modules import QuantLinear, QuantPatchEmbed
+from erq.engines import EngineError, start
 from erq.inputs import data_config, image_shape, inference, placement, preprocessing
 from erq.system import hardware_name
 
 WARM_UP_RUNS = 3
 MIN_RUNS = 5
 MAX_RUNS = 500
+
+_FLUSH_BYTES = 256 * 2**20
+"""More than the L2 of any GPU."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,64 @@ def benchmark(
     Raises:
         ValueError: a batch size below 1, no time, or a network that does not say what it takes.
     """
+    sizes = _checked(batch_sizes, seconds)
+    shape = _shape(net) if input_shape is None else tuple(input_shape)
+    device, dtype = placement(net)
+    label, kernel = name or _name(net), ", ".join(kernels(net)) or "torch"
+    timings = []
+    with inference(net), torch.inference_mode():
+        for size in sizes:
+            x = _images(size, shape).to(device, dtype)
+            times = interleave({label: partial(net, x)}, device, seconds)
+            timings.append(_timing(label, kernel, size, device, times[label]))
+    return timings
+
+
+def compare(
+    net: nn.Module,
+    twin: nn.Module,
+    engines: Sequence[str],
+    batch_sizes: Sequence[int] = (1, 8),
+    *,
+    seconds: float = 2.0,
+    name: str | None = None,
+) -> tuple[list[Timing], list[str]]:
+    """Time a network and other engines in turns, so that all meet the same machine.
+
+    Args:
+        net: images → anything. twin: the full-precision model that the engines run, on net's
+            device.
+        engines: as `erq.engines.start` names them.
+        batch_sizes: images of one pass. seconds: for each batch size and engine.
+        name: what to call net; by default its architecture.
+
+    Returns:
+        Timings by batch size, engines first, net last; and a line for each engine that cannot run.
+
+    Raises:
+        ValueError: an unknown engine, a batch size below 1, or no time.
+    """
+    device, dtype = placement(net)
+    label, kernel = name or _name(net), ", ".join(kernels(net)) or "torch"
+    timings, notes = [], []
+    for size in _checked(batch_sizes, seconds):
+        x = _images(size, _shape(net)).to(device)
+        calls: dict[str, Callable[[], object]] = {}
+        for engine in engines:
+            try:
+                calls[engine] = start(engine, twin, x)
+            except EngineError as error:
+                notes.append(f"batch {size}, {error}")
+        found = list(calls)
+        with inference(net), torch.inference_mode():
+            calls[label] = partial(net, x.to(dtype))
+            times = interleave(calls, device, seconds * len(calls))
+        rows = [(engine, engine) for engine in found] + [(label, kernel)]
+        timings += [_timing(who, what, size, device, times[who]) for who, what in rows]
+    return timings, notes
+
+
+def _checked(batch_sizes: Sequence[int], seconds: float) -> list[int]:
     sizes = list(batch_sizes)
     for size in sizes:
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -82,32 +145,31 @@ def benchmark(
         raise ValueError("batch_sizes is empty: name at least one, such as (1, 8)")
     if not seconds > 0:
         raise ValueError(f"seconds must be > 0, got {seconds!r}")
-    shape = _shape(net) if input_shape is None else tuple(input_shape)
-    device, dtype = placement(net)
-    kernel = ", ".join(kernels(net)) or "torch"
-    timings = []
-    with inference(net), torch.inference_mode():
-        for size in sizes:
-            rng = torch.Generator().manual_seed(size)
-            x = torch.randn(size, *shape, generator=rng).to(device, dtype)
-            ms = torch.tensor(_passes(net, x, seconds), dtype=torch.float64)
-            median = float(ms.quantile(0.5))
-            timings.append(
-                Timing(
-                    name=name or _name(net),
-                    batch=size,
-                    device=str(device),
-                    hardware=hardware_name(device),
-                    threads=torch.get_num_threads() if device.type == "cpu" else None,
-                    kernel=kernel,
-                    runs=len(ms),
-                    median_ms=median,
-                    p95_ms=float(ms.quantile(0.95)),
-                    min_ms=float(ms.min()),
-                    images_per_s=1000.0 * size / median,
-                )
-            )
-    return timings
+    return sizes
+
+
+def _images(size: int, shape: Sequence[int]) -> Tensor:
+    return torch.randn(size, *shape, generator=torch.Generator().manual_seed(size))
+
+
+def _timing(
+    name: str, kernel: str, size: int, device: torch.device, times: Sequence[float]
+) -> Timing:
+    ms = torch.tensor(times, dtype=torch.float64)
+    median = float(ms.quantile(0.5))
+    return Timing(
+        name=name,
+        batch=size,
+        device=str(device),
+        hardware=hardware_name(device),
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
+        kernel=kernel,
+        runs=len(ms),
+        median_ms=median,
+        p95_ms=float(ms.quantile(0.95)),
+        min_ms=float(ms.min()),
+        images_per_s=1000.0 * size / median,
+    )
 
 
 def kernels(net: nn.Module) -> list[str]:
@@ -116,29 +178,48 @@ def kernels(net: nn.Module) -> list[str]:
     return sorted({layer.kernel() for layer in layers})
 
 
-def _passes(net: nn.Module, x: Tensor, seconds: float) -> list[float]:
-    """Milliseconds of every timed pass."""
-    gpu = x.device.type == "cuda"
-    for _ in range(WARM_UP_RUNS):
-        net(x)
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+    cold: bool = False,
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, timed once a round in an order that moves on every round.
+
+    Args:
+        calls: by name; each is first run three times untimed.
+        device: where they run; on a GPU they are timed by events around each.
+        seconds: of all rounds, which are at least 5 and at most 500.
+        cold: on a GPU, overwrite its L2 before each call; that also hides the launch.
+    """
+    names = list(calls)
+    gpu = device.type == "cuda"
+    for name in names:
+        for _ in range(WARM_UP_RUNS):
+            calls[name]()
+    flush = torch.empty(_FLUSH_BYTES if gpu and cold else 0, dtype=torch.int8, device=device)
     if gpu:
-        torch.cuda.synchronize(x.device)
-    times: list[float] = []
+        torch.cuda.synchronize(device)
+    times: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
-    while len(times) < MIN_RUNS or (
-        len(times) < MAX_RUNS and time.perf_counter() - start < seconds
-    ):
-        if gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            net(x)
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
-            before = time.perf_counter()
-            net(x)
-            times.append(1000.0 * (time.perf_counter() - before))
+    for done in range(MAX_RUNS):
+        if done >= MIN_RUNS and time.perf_counter() - start >= seconds:
+            break
+        turn = done % len(names)
+        for name in names[turn:] + names[:turn]:
+            if gpu:
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                if cold:
+                    flush.zero_()
+                begin.record()
+                calls[name]()
+                end.record()
+                end.synchronize()
+                times[name].append(begin.elapsed_time(end))
+            else:
+                before = time.perf_counter()
+                calls[name]()
+                times[name].append(1000.0 * (time.perf_counter() - before))
     return times
 
 

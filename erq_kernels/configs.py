@@ -2,10 +2,12 @@
 
 The heuristic rests on what the compiler says about each configuration (`bench/static.py`:
 registers, shared memory, programs per multiprocessor), not on timings. A table
-`tuned/<device>.json` holds timings' winners and is the only thing that may choose `tma`:
+`tuned/<device>.json`, written by `bench/tune.py`, holds the winners among configurations whose
+results were right on that device, and is the only thing that may choose the kernel "gluon":
 
     {"version": 1, "device": "NVIDIA H200", "triton": "3.6.0", "date": "2026-11-24",
-     "qlinear": [{"m": 50432, "n": 1152, "k": 384, "dual": true, "config": {"block_m": 128, …}}]}
+     "qlinear": [{"m": 50432, "n": 1152, "k": 384, "dual": true, "config": {"block_m": 128, …},
+                  "microseconds": 61.5, "heuristic_microseconds": 70.2}]}
 
 `k` is the length of the longer K segment, `dual` whether there is a second one.
 """
@@ -18,11 +20,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache, lru_cache
-from importlib import resources
+from importlib import metadata, resources
 from typing import Any, get_type_hints
 
 TABLE_VERSION = 1
-OPS = ("qlinear", "dequant_linear")
+OPS = ("qlinear",)
+KERNELS = ("pointers", "tma", "gluon")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class GemmConfig:
         num_stages: depth of the software pipeline, 1..8.
         dots: tensor-core calls that a step is cut into, 1 or 2, each of at least 32 columns.
         max_registers: registers a thread may take, a multiple of 8 in 32..248, or None: no limit.
-        tma: read the tiles through tensor descriptors (compute capability 9.0 and newer).
+        kernel: "pointers"; "tma", tiles through tensor descriptors (compute capability 9.0 and
+            newer); or "gluon", asynchronous wgmma (9.0 only), which takes at most 128 columns, at
+            least 2 stages, and 4 or more warps of 16 rows or more each.
 
     Raises:
         ValueError: a value outside the above.
@@ -52,7 +57,7 @@ class GemmConfig:
     num_stages: int = 3
     dots: int = 1
     max_registers: int | None = None
-    tma: bool = False
+    kernel: str = "pointers"
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -77,6 +82,18 @@ class GemmConfig:
         limit = self.max_registers
         if limit is not None and (not 32 <= limit <= 248 or limit % 8):
             raise ValueError(f"max_registers must be a multiple of 8 in 32..248, got {limit}")
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
+        if self.kernel == "gluon" and not (
+            self.block_n <= 128
+            and self.num_stages >= 2
+            and 4 <= self.num_warps <= self.block_m // 16
+        ):
+            raise ValueError(
+                "the gluon kernel takes block_n <= 128, num_stages >= 2 and num_warps from 4 to "
+                f"block_m / 16, got {self.block_n}, {self.num_stages} and {self.num_warps} with "
+                f"block_m {self.block_m}"
+            )
 
 
 # Multiprocessors of the common device of an architecture; only how far the tiles of a small problem
@@ -93,26 +110,28 @@ _MULTIPROCESSORS = {
     121: 48,
 }
 
-# Tiles per class of architecture, largest first. The registers that a configuration leaves a thread
-# are what bench/static.py says it needs; the comments give its programs per multiprocessor.
+# Tiles per class of architecture, largest first; the comments give the programs that
+# bench/static.py finds room for on a multiprocessor.
 #
 # wgmma takes 64 rows and keeps accumulators in registers. Triton does not make it asynchronous for
-# int32, so two or three programs per multiprocessor have to hide one another's waits and epilogues.
+# int32, so two or three programs per multiprocessor have to hide one another's waits and epilogues;
+# tiles read through descriptors leave the registers and the issue slots for that.
 _WGMMA = (
-    GemmConfig(128, 128, 128, num_warps=8, max_registers=128),  # 2
-    GemmConfig(64, 128, 128, max_registers=128),  # 3
-    GemmConfig(128, 64, 128, max_registers=128),  # 3
-    GemmConfig(64, 64, 128, max_registers=128),  # 4
+    # The limit makes room for a second program. The richest epilogue (residual, LayerScale, codes
+    # by column) pays with 24 bytes of spill under Triton 3.6, the others with nothing.
+    GemmConfig(128, 128, 128, num_warps=8, max_registers=128, kernel="tma"),  # 2
+    GemmConfig(64, 128, 128, kernel="tma"),  # 3
+    GemmConfig(128, 64, 128, kernel="tma"),  # 3
+    GemmConfig(64, 64, 128, kernel="tma"),  # 4
 )
-# A second segment brings accumulators of its own: of 128×128 only one program fits, of 64×128
-# three.
+# A second segment brings accumulators of its own: of 128×128 only one program would fit. A limit
+# that lets three of 64×128 in makes most epilogues spill.
 _WGMMA_DUAL = (
-    GemmConfig(64, 128, 128, max_registers=168),  # 3
-    GemmConfig(64, 64, 128, max_registers=128),  # 4
+    GemmConfig(64, 128, 128, kernel="tma"),  # 3
+    GemmConfig(64, 64, 128, kernel="tma"),  # 4
 )
 # tcgen05 keeps accumulators in tensor memory; those of two segments meet in registers, in the
-# epilogue. The compiler needs no more registers than it is left here, and spills where a limit is
-# set.
+# epilogue.
 _TCGEN05 = (
     GemmConfig(128, 128, 128, num_warps=8),  # 2
     GemmConfig(128, 64, 128),  # 3
@@ -127,7 +146,7 @@ _MMA_SYNC = (
     GemmConfig(64, 64, 128, dots=2),
 )
 _FEW_ROWS = (
-    GemmConfig(32, 64, 128, dots=2),
+    GemmConfig(32, 64, 128, dots=2, max_registers=128),  # without, sm_86 spills under Triton 3.6
     GemmConfig(16, 32, 128, num_warps=2, dots=2),
 )
 
@@ -179,13 +198,15 @@ def heuristic(m: int, n: int, k: int, dual: bool, arch: int) -> GemmConfig:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The fastest configuration of one problem on one device."""
+    """The fastest configuration of one problem on one device, its time and the heuristic's."""
 
     m: int
     n: int
     k: int
     dual: bool
     config: GemmConfig
+    microseconds: float
+    heuristic_microseconds: float
 
 
 def device_slug(name: str) -> str:
@@ -208,7 +229,7 @@ def _checked(cls: type[Any], record: Any, where: str) -> dict[str, Any]:
     for name, value in record.items():
         allowed = known[name]
         # bool is an int to isinstance, but not here.
-        if allowed in (int, bool) and type(value) is not allowed:
+        if allowed in (int, bool, float, str) and type(value) is not allowed:
             raise ValueError(f"{where}: {name} must be {allowed.__name__}, got {value!r}")
         if allowed == int | None and type(value) not in (int, type(None)):
             raise ValueError(f"{where}: {name} must be int or null, got {value!r}")
@@ -250,6 +271,8 @@ def parse_table(text: str, source: str) -> dict[str, tuple[Measurement, ...]]:
                 raise ValueError(f"{where}.config: {error}") from None
             if min(entry["m"], entry["n"], entry["k"]) < 1:
                 raise ValueError(f"{where}: m, n and k must be at least 1")
+            if not 0 < entry["microseconds"] <= entry["heuristic_microseconds"]:
+                raise ValueError(f"{where} must not be slower than the heuristic's configuration")
         measured[op] = tuple(parsed)
     return measured
 
@@ -258,13 +281,22 @@ def parse_table(text: str, source: str) -> dict[str, tuple[Measurement, ...]]:
 def load_table(device: str) -> Mapping[str, tuple[Measurement, ...]]:
     """The shipped measurements of a device by op; empty if there are none.
 
+    Gluon's interface is not stable: those of its kernel count under the Triton of the measurement.
+
     Raises:
         ValueError: a table that is not of the form that this module describes.
     """
     file = resources.files("erq_kernels") / "tuned" / f"{device_slug(device)}.json"
     if not file.is_file():
         return {}
-    return parse_table(file.read_text(encoding="utf-8"), f"tuned/{file.name}")
+    text = file.read_text(encoding="utf-8")
+    table = parse_table(text, f"tuned/{file.name}")
+    if json.loads(text).get("triton") == metadata.version("triton"):
+        return table
+    return {
+        op: tuple(seen for seen in measured if seen.config.kernel != "gluon")
+        for op, measured in table.items()
+    }
 
 
 def nearest(

@@ -31,20 +31,23 @@ class Kernel:
     Args:
         run: takes the op's arguments.
         why_not: takes the same arguments; the reason it cannot run them, or None.
+        rather_not: takes the same arguments; the reason `auto` leaves them to another backend
+            although this one can run them, or None.
     """
 
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
+    rather_not: Callable[..., str | None] = lambda *_, **__: None
 
 
 _kernels: dict[tuple[str, str], Kernel] = {}
 
 
-def register(
-    op: str, backend: str, run: Callable[..., Any], why_not: Callable[..., str | None]
-) -> None:
-    """Add an implementation of `op` to the table."""
-    _kernels[op, backend] = Kernel(run, why_not)
+def register(op: str, backend: str, *functions: Callable[..., Any]) -> None:
+    """Add an implementation of `op` to the table: run, why_not and, where it has one,
+    rather_not.
+    """
+    _kernels[op, backend] = Kernel(*functions)
 
 
 def check_backend(name: str) -> str:
@@ -83,8 +86,24 @@ def why_not(op: str, backend: str, *args: Any, **kwargs: Any) -> str | None:
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str]:
-    """For each backend "usable", or the reason it cannot run `op` with these arguments."""
-    return {b: why_not(op, b, *args, **kwargs) or "usable" for b in ORDER}
+    """For each backend "usable", or the reason it cannot run `op` with these arguments.
+
+    Where it can, but `auto` leaves it to another: "usable, not by auto: " and why.
+
+    Raises:
+        ValueError: an unknown op.
+    """
+    known = sorted({name for name, _ in _kernels})
+    if op not in known:
+        raise ValueError(f"unknown op {op!r}; choose one of {', '.join(known)}")
+    found = {}
+    for b in ORDER:
+        reason = why_not(op, b, *args, **kwargs)
+        if reason is None:
+            rather_not = _kernels[op, b].rather_not(*args, **kwargs)
+            reason = f"usable, not by auto: {rather_not}" if rather_not else "usable"
+        found[b] = reason
+    return found
 
 
 def select(op: str, backend: str, *args: Any, **kwargs: Any) -> str:
@@ -97,6 +116,8 @@ def select(op: str, backend: str, *args: Any, **kwargs: Any) -> str:
     reasons = {}
     for candidate in ORDER if wanted == "auto" else (wanted,):
         reason = why_not(op, candidate, *args, **kwargs)
+        if reason is None and wanted == "auto":
+            reason = _kernels[op, candidate].rather_not(*args, **kwargs)
         if reason is None:
             return candidate
         reasons[candidate] = reason

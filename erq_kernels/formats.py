@@ -23,6 +23,27 @@ def packed_size(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
 
 
+def check_range(codes: Tensor, bits: int) -> None:
+    """Raise ValueError unless every code lies in 0..2**bits − 1."""
+    if not codes.numel():
+        return
+    ordered = codes if codes.dtype in (torch.uint8, torch.int8) else codes.to(torch.int64)
+    low, high = (int(c) for c in ordered.aminmax())
+    if low < 0 or high >= 1 << bits:
+        raise ValueError(
+            f"codes of {bits} bits must lie in 0..{(1 << bits) - 1}, got {low}..{high}"
+        )
+
+
+def check_stream(packed: Tensor, bits: int, count: int) -> None:
+    """Raise ValueError unless `packed` holds `count` codes of `bits` bits."""
+    if packed.dtype != torch.uint8 or packed.numel() != packed_size(count, bits):
+        raise ValueError(
+            f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes (uint8), got "
+            f"{packed.numel()} of {packed.dtype}"
+        )
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Dense row-major bit stream of codes: code i starts at bit i·bits, least significant first.
 
@@ -36,12 +57,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError: a code outside its range.
     """
+    check_range(codes, bits)
     flat = codes.reshape(-1).to(torch.int64)
-    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << bits):
-        raise ValueError(
-            f"codes of {bits} bits must lie in 0..{(1 << bits) - 1}, "
-            f"got {int(flat.min())}..{int(flat.max())}"
-        )
     # Eight codes fill exactly `bits` bytes: one 64-bit word each.
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)
     shifts = torch.arange(8, device=flat.device) * bits
@@ -65,11 +82,7 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     count = 1
     for n in shape:
         count *= n
-    if packed.dtype != torch.uint8 or packed.numel() != packed_size(count, bits):
-        raise ValueError(
-            f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes (uint8), got "
-            f"{packed.numel()} of {packed.dtype}"
-        )
+    check_stream(packed, bits, count)
     padded = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).reshape(-1, bits)
     words = (padded.to(torch.int64) << (torch.arange(bits, device=packed.device) * 8)).sum(dim=1)
     codes = (words[:, None] >> (torch.arange(8, device=packed.device) * bits)) & ((1 << bits) - 1)
@@ -113,7 +126,8 @@ class GemmOperands:
     """What `qlinear` reads besides the activation codes.
 
     Args:
-        weight: int8 [N, K'], code − zero_point, columns in `order`, 0 at padding.
+        weight: int8 [N, K'], code − zero_point, columns in `order`, 0 at padding; or, for
+            `qlinear_packed`, uint8 of `order_packed`.
         scale: fp32 [N], activation scale · weight scale of the first segment.
         scale2: fp32 [N] of the second segment, or None.
         split: length of the first segment; K' without a second one.
@@ -220,6 +234,24 @@ def repack(
     return center(codes, bits, zero_point, zero_point2, columns)
 
 
+def order_packed(packed: Tensor, bits: int, n: int, k: int, columns: Tensor | None) -> Tensor:
+    """The packed layout that `qlinear_packed` reads: codes in the order of `k_order`, any at
+    padding.
+
+    Args:
+        packed: uint8 dense bit stream of codes [n, k]. columns: int64 [S] outliers, or None.
+
+    Returns:
+        uint8 [n, K' · bits / 8]; K' is a multiple of K_ALIGN, so a row is whole 32-bit words. In
+        the natural order it is the stream itself.
+    """
+    order, _, _ = k_order(columns, k)
+    if order is None:
+        return packed.reshape(n, k * bits // 8)
+    codes = unpack(packed, bits, (n, k))[:, order.to(packed.device)]
+    return pack(codes, bits).reshape(n, codes.shape[1] * bits // 8)
+
+
 def gemm_operands(
     weight: Tensor,
     k: int,
@@ -258,3 +290,62 @@ def gemm_operands(
         folded = folded - shift * m2.double() * weight[:, split:].sum(dim=1).double()
     order = None if order is None else order.to(weight.device)
     return GemmOperands(weight, m1, m2, split, folded.float(), order)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Rows of 4-bit codes, two to a byte: column 2j in the low half of byte j.
+
+    Args:
+        codes: int8 [..., K], K even; the low four bits of each count, so −8..−1 keep their two's
+            complement.
+
+    Returns:
+        uint8 [..., K / 2].
+    """
+    low, high = ((codes[..., i::2] & 15).to(torch.uint8) for i in (0, 1))
+    return low | high << 4
+
+
+def unpack_nibbles(packed: Tensor, signed: bool = False) -> Tensor:
+    """int8 [..., 2·B] of uint8 [..., B], the inverse of `pack_nibbles`: 0..15, or −8..7."""
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).to(torch.int8)
+    return (codes ^ 8) - 8 if signed else codes
+
+
+def pack_weight(weight: Tensor, split: int) -> tuple[Tensor, Tensor | None] | None:
+    """A GEMM weight as 4-bit numbers and what to add to those of a row and segment.
+
+    weight = number + offset. A row whose weights lie in −8..7 needs no offset; any other row whose
+    largest and smallest weight are at most 15 apart, as W4's are, gets one.
+
+    Args:
+        weight: int8 [N, K'] of `center` or `repack`. split: length of the first segment.
+
+    Returns:
+        uint8 [N, K' / 2] of `pack_nibbles` and int32 [segments, N], or None where no row needs an
+        offset; None where a row spans more than 4 bits.
+    """
+    segments = [s for s in (weight[:, :split], weight[:, split:]) if s.shape[1]]
+    numbers, offsets = [], []
+    for segment in segments:
+        low, high = segment.to(torch.int32).aminmax(dim=1)
+        if bool((high - low > 15).any()):
+            return None
+        fits = (low >= -8) & (high <= 7)
+        offset = torch.where(fits, 0, low + 8)
+        numbers.append((segment - offset[:, None]).to(torch.int8))
+        offsets.append(offset)
+    if not segments:
+        return weight.new_empty((len(weight), 0), dtype=torch.uint8), None
+    packed = pack_nibbles(torch.cat(numbers, dim=1))
+    every = torch.stack(offsets).to(torch.int32)
+    return packed, every if bool(every.any()) else None
+
+
+def unpack_weight(packed: Tensor, offset: Tensor | None, split: int) -> Tensor:
+    """int8 [N, K'] of what `pack_weight` gives."""
+    numbers = unpack_nibbles(packed, signed=True)
+    if offset is not None:
+        numbers[:, :split] += offset[0, :, None].to(torch.int8)
+        numbers[:, split:] += offset[-1, :, None].to(torch.int8)
+    return numbers

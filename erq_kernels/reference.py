@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from erq_kernels.formats import code_offset, unpack
+from erq_kernels.formats import (
+    K_ALIGN,
+    code_offset,
+    pack_nibbles,
+    unpack,
+    unpack_nibbles,
+    unpack_weight,
+)
 
 SQRT2 = 2.0**0.5
 # Largest magnitude up to which fp32 holds every integer.
@@ -48,7 +55,9 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() @ b.double().t()).to(torch.int32)
 
 
-def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def quantize(
+    x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int, out_packed: bool = False
+) -> Tensor:
     """Codes of a float tensor: clamp(round(x · inv_scale) + zero_point, 0, 2**bits − 1).
 
     Args:
@@ -56,12 +65,14 @@ def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int) -> Ten
         inv_scale: fp32 [] or [C], 1 / scale.
         zero_point: int32, same shape as inv_scale.
         bits: 2..8.
+        out_packed: two codes of at most 4 bits to a byte (`formats.pack_nibbles`), C even.
 
     Returns:
-        int8 [..., C]; at 8 bits the code − 128 (`formats.code_offset`).
+        int8 [..., C]; at 8 bits the code − 128 (`formats.code_offset`). Or uint8 [..., C / 2].
     """
     code = (x.float() * inv_scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
-    return code.sub_(code_offset(bits)).to(torch.int8)
+    codes = code.sub_(code_offset(bits)).to(torch.int8)
+    return pack_nibbles(codes) if out_packed else codes
 
 
 def layer_norm_quantize(
@@ -72,7 +83,8 @@ def layer_norm_quantize(
     inv_scale: Tensor,
     zero_point: Tensor,
     bits: int,
-    order: Tensor | None,
+    order: Tensor | None = None,
+    out_packed: bool = False,
 ) -> Tensor:
     """LayerNorm over the last dimension, then `quantize`, in the column order of the next GEMM.
 
@@ -82,11 +94,13 @@ def layer_norm_quantize(
         order: int64 [K'], position → input channel (`formats.k_order`), or None for natural order.
 
     Returns:
-        int8 codes [M, K'].
+        int8 codes [M, K'], or uint8 [M, K' / 2] of packed ones.
     """
     y = F.layer_norm(x.float(), (x.shape[-1],), weight, bias, eps)
     codes = quantize(y, inv_scale, zero_point, bits)
-    return codes if order is None else codes.index_select(-1, order)
+    if order is not None:
+        codes = codes.index_select(-1, order)
+    return pack_nibbles(codes) if out_packed else codes
 
 
 def qlinear(
@@ -103,6 +117,8 @@ def qlinear(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    weight_offset: Tensor | None = None,
+    out_packed: bool = False,
 ) -> Tensor:
     """y = act(acc₁·scale + acc₂·scale2 + bias) · layer_scale + residual, acc over two K segments.
 
@@ -119,10 +135,16 @@ def qlinear(
         out_dtype: dtype of a float result.
         out_inv_scale, out_zero_point, out_bits: if given, quantize the result (per tensor, or per
             output column [N]).
+        weight_offset: with packed operands (`formats.pack_weight`), what is added to them.
+        out_packed: codes leave packed, two to a byte (`formats.pack_nibbles`).
+
+    Packed operands are x uint8 [M, K / 2] of 4-bit codes and weight uint8 [N, K / 2].
 
     Returns:
-        [M, N] of out_dtype, or int8 codes.
+        [M, N] of out_dtype, int8 codes, or uint8 [M, N / 2] of packed codes.
     """
+    if x.dtype == torch.uint8:
+        x, weight = unpack_nibbles(x), unpack_weight(weight, weight_offset, split)
     if scale2 is None:
         y = int_matmul(x, weight).float().mul_(scale)
     else:
@@ -138,7 +160,59 @@ def qlinear(
     if out_inv_scale is None:
         return y.to(out_dtype)
     assert out_zero_point is not None
-    return quantize(y, out_inv_scale, out_zero_point, out_bits)
+    return quantize(y, out_inv_scale, out_zero_point, out_bits, out_packed)
+
+
+def qlinear_packed(
+    x: Tensor,
+    packed: Tensor,
+    w_bits: int,
+    k: int,
+    outliers: int,
+    w_zero_point: Tensor,
+    w_zero_point2: Tensor | None,
+    scale: Tensor,
+    scale2: Tensor | None,
+    bias: Tensor,
+    act: str = "none",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    out_inv_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_bits: int = 0,
+) -> Tensor:
+    """`qlinear` on a weight that stays packed, code − zero_point formed on the way.
+
+    Args:
+        x, scale, scale2, bias and what follows: as `qlinear`.
+        packed: uint8 [N, K' · w_bits / 8], rows of `formats.order_packed`.
+        k: input channels without padding. outliers: how many make the first segment, or 0.
+        w_zero_point: int32 [N] of the first segment. w_zero_point2: of the second, or None.
+    """
+    codes = unpack(packed.reshape(-1), w_bits, (packed.shape[0], x.shape[1]))
+    weight, split = center_ordered(codes, k, outliers, w_zero_point, w_zero_point2)
+    return qlinear(
+        x, weight, scale, scale2, split, bias, act, layer_scale, residual, out_dtype,
+        out_inv_scale, out_zero_point, out_bits,
+    )  # fmt: skip
+
+
+def center_ordered(
+    codes: Tensor, k: int, outliers: int, zero_point: Tensor, zero_point2: Tensor | None
+) -> tuple[Tensor, int]:
+    """(int8 weight [N, K'], length of its first segment) of codes [N, K'] in GEMM order.
+
+    Args:
+        codes: any at padding. k, outliers, zero_point, zero_point2: as `qlinear_packed`.
+    """
+    split = -(-outliers // K_ALIGN) * K_ALIGN if outliers else codes.shape[1]
+    weight = codes.to(torch.int32) - zero_point[:, None]
+    weight[:, outliers or k : split] = 0
+    if zero_point2 is not None:
+        weight[:, split:] = codes[:, split:].to(torch.int32) - zero_point2[:, None]
+        weight[:, split + k - outliers :] = 0
+    return weight.to(torch.int8), split
 
 
 def _centered(codes: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -251,6 +325,7 @@ def qattention(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    out_packed: bool = False,
 ) -> Tensor:
     """Attention on codes: integer QKᵀ, softmax, log-√2 codes, integer PV, optional output codes.
 
@@ -264,7 +339,8 @@ def qattention(
             divides B and its entries serve every n of the batch in turn: n windows of each image.
 
     Returns:
-        fp32 [B, T, H, D], the rows of the next GEMM, or int8 codes if out_inv_scale is given.
+        fp32 [B, T, H, D], the rows of the next GEMM, or codes if out_inv_scale is
+            given: int8, or packed, uint8 [B, T, H, D / 2].
     """
     scores = attention_scores(q, k, q_zero_point, k_zero_point, (qk_bits, qk_bits), score_scale)
     if bias is not None:
@@ -279,7 +355,7 @@ def qattention(
     if out_inv_scale is None:
         return y
     assert out_zero_point is not None
-    return quantize(y, out_inv_scale, out_zero_point, out_bits)
+    return quantize(y, out_inv_scale, out_zero_point, out_bits, out_packed)
 
 
 def dequantize_weight(
@@ -310,10 +386,10 @@ def dequant_linear(
     bits: int,
     scale: Tensor,
     zero_point: Tensor,
-    scale2: Tensor | None,
-    zero_point2: Tensor | None,
-    columns: Tensor | None,
-    bias: Tensor | None,
+    scale2: Tensor | None = None,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """x @ Wᵀ + bias with W read from its packed codes; activations stay float.
 

@@ -338,10 +338,13 @@ def test_bench_compares_a_file_with_torch(place: Workplace) -> None:
     args = ("--batch", "2,1", "--seconds", "0.01")
     found = succeed("bench", place.packed, *args, "--json").json()["timings"]
     names = [(t["name"], t["batch"]) for t in found]
-    assert names == [(n, b) for n in ("torch fp32", place.packed) for b in (2, 1)]
-    assert [t["kernel"] for t in found[:2]] == ["torch", "torch"] and found[2]["kernel"] != "torch"
-    shown = succeed("bench", NAME, *SHAPE_ARGS, *args).out
-    assert NAME in shown and "torch fp32" not in shown
+    assert names == [(n, b) for b in (2, 1) for n in ("torch", place.packed)]
+    assert found[0]["kernel"] == "torch" and found[1]["kernel"] != "torch"
+    alone = succeed("bench", NAME, *SHAPE_ARGS, *args, "--json").json()["timings"]
+    assert [t["name"] for t in alone] == [NAME, NAME]
+    against = ("--against", "torch-bf16,torch")
+    both = succeed("bench", NAME, *SHAPE_ARGS, *args, *against, "--json").json()["timings"]
+    assert [t["name"] for t in both[:3]] == ["torch-bf16", "torch", NAME]
 
 
 @pytest.fixture(scope="module")
@@ -463,6 +466,7 @@ def test_usage_is_told_apart_from_failure() -> None:
         (["eval", "{packed}", "--images", "{npz}", "--nonsense"], "--nonsense"),
         (["bench", "{packed}", "--batch", "1,x"], "list of sizes"),
         (["bench", "{packed}", "--batch", "0"], "list of sizes"),
+        (["bench", "{packed}", "--against", "torch,tvm"], "unknown engine 'tvm'; choose from"),
         (["bench", "{packed}", "--model-arg", "depth=1"], "{packed} is none"),
         (["eval", "{packed}", "--images", "{npz}", "--random-weights"], "describe a timm model"),
         (["demo", "--bits", "w4"], "unknown preset 'w4'"),

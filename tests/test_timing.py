@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +13,16 @@ from torch import Tensor, nn
 
 import erq
 from erq import timing
-from erq.timing import MAX_RUNS, MIN_RUNS, WARM_UP_RUNS, Timing, benchmark, kernels
+from erq.timing import (
+    MAX_RUNS,
+    MIN_RUNS,
+    WARM_UP_RUNS,
+    Timing,
+    benchmark,
+    compare,
+    interleave,
+    kernels,
+)
 
 
 class Counter(nn.Module):
@@ -46,10 +57,37 @@ def test_runs_stop_at_the_most_whatever_the_budget() -> None:
 
 
 def test_figures_of_known_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_passes", lambda *_: [float(ms) for ms in range(101, 0, -1)])
+    times = [float(ms) for ms in range(101, 0, -1)]
+    monkeypatch.setattr(timing, "interleave", lambda calls, *_: dict.fromkeys(calls, times))
     [found] = benchmark(Counter(), (8,), input_shape=(3, 1, 1))
     assert (found.median_ms, found.p95_ms, found.min_ms, found.runs) == (51.0, 96.0, 1.0, 101)
     assert found.images_per_s == pytest.approx(8000 / 51)
+
+
+def test_calls_take_turns() -> None:
+    order: list[str] = []
+    calls = {name: partial(order.append, name) for name in "abc"}
+    times = interleave(calls, torch.device("cpu"), seconds=1e-9)
+    assert {name: len(ms) for name, ms in times.items()} == dict.fromkeys("abc", MIN_RUNS)
+    assert "".join(order) == "aaabbbccc" + "abc" + "bca" + "cab" + "abc" + "bca"
+
+
+def test_compared_engines_come_first_and_those_that_cannot_run_are_named(
+    tiny_vit: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_vit()
+    net = erq.deploy(erq.quantize(model, torch.randn(4, 3, 16, 16)), backend="reference")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    engines = ("torch", "openvino", "torch-bf16")
+    timings, notes = compare(net, model, engines, (2, 1), seconds=1e-9, name="packed")
+    names = ("torch", "torch-bf16", "packed")
+    assert [(t.batch, t.name) for t in timings] == [(b, n) for b in (2, 1) for n in names]
+    assert [t.kernel for t in timings[:3]] == ["torch", "torch-bf16", "reference"]
+    assert [note.split(":")[0] for note in notes] == [
+        f"batch {b}, openvino, nncf not installed" for b in (2, 1)
+    ]
+    with pytest.raises(ValueError, match="unknown engine 'tvm'"):
+        compare(net, model, ("tvm",), (1,))
 
 
 def test_names_device_and_kernel_of_a_plain_model(tiny_vit: Callable[..., nn.Module]) -> None:

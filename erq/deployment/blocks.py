@@ -201,7 +201,12 @@ class QuantBlock(nn.Module):
         windows = attn.windows
         rows = x.reshape(-1, x.shape[-1])
         qkv, proj = attn.qkv, attn.proj
-        codes = ops.layer_norm_quantize(*_norm_arguments(rows, self.norm1, qkv), qkv.backend)
+        # Windows move single rows of codes and pad them: they are not packed there.
+        qkv_packs = windows is None and qkv.packs_codes()
+        proj_packs = windows is None and proj.packs_codes() and proj.operands.order is None
+        codes = ops.layer_norm_quantize(
+            *_norm_arguments(rows, self.norm1, qkv), qkv_packs, backend=qkv.backend
+        )
         codes, bias = codes.reshape(*x.shape[:-1], codes.shape[-1]), None
         if windows is not None:
             bias = windows.bias_at((x.shape[1], x.shape[2]))
@@ -216,25 +221,30 @@ class QuantBlock(nn.Module):
                 out_bits=attn.qk.bits,
             )
             heads = attn.split_heads(y, b, t)
-            codes = attn.multiply(*heads, bias=bias, **proj.input_quantizer())
+            codes = attn.multiply(*heads, bias=bias, **proj.input_quantizer(proj_packs))
         else:
             heads = attn.split_heads(qkv.multiply(codes, out_dtype=x.dtype), b, t)
             if isinstance(attn, QuantAttention):
                 codes = attn.quantize(*heads)
-                codes = attn.multiply(*codes, bias=bias, **proj.input_quantizer())
+                codes = attn.multiply(*codes, bias=bias, **proj.input_quantizer(proj_packs))
             else:
                 codes = proj.quantize(_attention(attn, bias, *heads))
         if windows is not None:
             codes = windows.join(codes.reshape(b, t, proj.in_features), (x.shape[1], x.shape[2]))
-        codes = codes.reshape(-1, proj.in_features)
+        width = proj.in_features // 2 if codes.dtype == torch.uint8 else proj.in_features
+        codes = codes.reshape(-1, width)
         return self._project(proj, codes, self.ls1, rows).reshape(x.shape)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         mlp: Any = self.mlp
         rows = x.reshape(-1, x.shape[-1])
         fc1, fc2 = mlp.fc1, mlp.fc2
-        codes = ops.layer_norm_quantize(*_norm_arguments(rows, self.norm2, fc1), fc1.backend)
-        codes = fc1.multiply(codes, act=self.act, **fc2.input_quantizer())
+        fc2_packs = fc2.packs_codes() and fc2.operands.order is None
+        codes = ops.layer_norm_quantize(
+            *_norm_arguments(rows, self.norm2, fc1), fc1.packs_codes(), backend=fc1.backend
+        )
+        out_packed = fc2_packs and fc1.packs_codes()
+        codes = fc1.multiply(codes, act=self.act, **fc2.input_quantizer(out_packed))
         return self._project(fc2, codes, self.ls2, rows).reshape(x.shape)
 
     @staticmethod
@@ -273,7 +283,8 @@ class QuantBlock(nn.Module):
                 elif op in ("sdpa", "gather"):
                     run.append((op, "torch"))
                 else:
-                    run.append((op, (attn.proj if i == 1 else mlp.fc2).kernel()))
+                    layer = attn.proj if i == 1 else mlp.fc2
+                    run.append((layer.gemm if op == "qlinear" else op, layer.kernel()))
         return run
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -29,8 +29,9 @@ from erq.deployment.modules import (
     QuantScores,
     QuantValues,
     _Deployed,
+    check_layout,
 )
-from erq.deployment.network import set_backend
+from erq.deployment.network import set_backend, set_layout
 from erq.models import Site, adapter_named
 from erq.models.attention import ScaledScores, WeightedValues
 from erq.models.info import QuantizedModelInfo
@@ -115,7 +116,10 @@ def write_atomically(target: Path, data: bytes) -> None:
 
 
 def load(
-    path: str | os.PathLike[str], backend: str = "auto", device: str | torch.device | None = None
+    path: str | os.PathLike[str],
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    weights: str = "int8",
 ) -> nn.Module:
     """A deployed model from a file; needs neither the full-precision weights nor calibration.
 
@@ -123,12 +127,15 @@ def load(
         path: what `erq.save` wrote.
         backend: auto, reference, cpu, triton or cuda.
         device: where the model goes; the CPU by default.
+        weights: how integer GEMMs keep theirs: int8, unpacked once, or packed, which takes less
+            memory and is unpacked in the kernel.
 
     Raises:
         CheckpointError: the file, the tensor and what was expected.
-        ValueError: an unknown backend. BackendError: a forced backend that cannot run.
+        ValueError: an unknown backend or layout. BackendError: a forced backend that cannot run.
     """
     check_backend(backend)
+    check_layout(weights)
     file = Path(path)
     header, tensors = _read(file)
     try:
@@ -142,6 +149,7 @@ def load(
         _check_structure(net.state_dict(), tensors)
         _check_digests(header, tensors)
         _check_floats(tensors)
+        set_layout(net, weights)
         # First to the device: there the layouts that its kernels read are made.
         moved = {name: tensor.to(device or "cpu") for name, tensor in tensors.items()}
         net.load_state_dict(moved, strict=True, assign=True)

@@ -7,7 +7,7 @@ kernels read are made from them by `repack` when a module is created or loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -23,11 +23,16 @@ from erq_kernels.formats import (
     GemmOperands,
     check_centered,
     gemm_operands,
+    order_packed,
     pack,
+    pack_weight,
     packed_size,
     unpack,
 )
 from erq_kernels.reference import dequantize_weight
+
+LAYOUTS = ("int8", "packed")
+"""How an integer GEMM's weight is kept: unpacked once, or packed and unpacked in the kernel."""
 
 # fp32 adds a zero point of smaller magnitude to a rounded value without rounding again.
 _ZERO_POINT_LIMIT = 1 << 24
@@ -36,6 +41,13 @@ _NO_OPERANDS = (
     "no integer operands: a layer with float activations (a_bits=16) has none, an empty one gets "
     "them from from_params, from_linear or a state dict"
 )
+
+
+def check_layout(layout: str) -> str:
+    """Return `layout` if it is one of LAYOUTS; raise ValueError otherwise."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"weights are kept as one of {', '.join(LAYOUTS)}, got {layout!r}")
+    return layout
 
 
 def move(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -263,6 +275,9 @@ class QuantLinear(_PackedWeight):
         self.register_buffer("x_zero_point", None if floating else zero)
         self._derive(x_inv_scale=None)
         self._operands: GemmOperands | None = None
+        # The weight of `pack_weight`, made when it is first asked for; () if it does not fit.
+        self._nibbles: tuple[Tensor, Tensor | None] | tuple[()] | None = None
+        self._layout = "int8"
 
     @classmethod
     def from_params(
@@ -364,8 +379,45 @@ class QuantLinear(_PackedWeight):
         for factor in (operands.scale, operands.scale2, operands.bias):
             if factor is not None and not bool(torch.isfinite(factor).all()):
                 raise ValueError("x_scale · scale, or the bias folded with it, overflows fp32")
+        if self._layout == "packed":
+            n, k = self.out_features, self.in_features
+            kept = order_packed(self.packed, self.w_bits, n, k, self.dual_columns)
+            operands = replace(operands, weight=kept)
         self._operands = operands
+        self._nibbles = None
         self._derive(x_inv_scale=self.x_scale.reciprocal())
+
+    @property
+    def layout(self) -> str:
+        """How the integer GEMM's weight is kept, one of LAYOUTS; results do not depend on it."""
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: str) -> None:
+        self._layout = check_layout(layout)
+        if self._operands is not None:
+            self.repack()
+
+    @property
+    def gemm(self) -> str:
+        """The op that multiplies this layer's codes."""
+        return "qlinear_packed" if self._layout == "packed" else "qlinear"
+
+    def _gemm_arguments(self, codes: Tensor) -> tuple[Any, ...]:
+        """What that op takes before the epilogue."""
+        o = self.operands
+        if self._layout == "int8":
+            weight = self._nibbles[0] if codes.dtype == torch.uint8 and self._nibbles else o.weight
+            return codes, weight, o.scale, o.scale2, o.split, o.bias
+        zero_points: tuple[Tensor | None, Tensor | None] = (self.zero_point, None)
+        outliers = 0
+        if self.dual_columns is not None:
+            outliers = self.dual_columns.shape[0]
+            zero_points = (self.zero_point2, self.zero_point)
+        return (
+            codes, o.weight, self.w_bits, self.in_features, outliers, *zero_points, o.scale,
+            o.scale2, o.bias,
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N], in x's dtype."""
@@ -384,16 +436,40 @@ class QuantLinear(_PackedWeight):
         if self.x_inv_scale is None or self.x_zero_point is None:
             raise ValueError(_NO_OPERANDS)
         return ops.quantize(  # type: ignore[no-any-return]
-            x, self.x_inv_scale, self.x_zero_point, self.a_bits, self.backend
+            x, self.x_inv_scale, self.x_zero_point, self.a_bits, backend=self.backend
         )
 
-    def input_quantizer(self) -> dict[str, Any]:
-        """The output quantizer of the op that feeds this layer, as its arguments."""
+    def input_quantizer(self, packed: bool = False) -> dict[str, Any]:
+        """The output quantizer of the op that feeds this layer, as its arguments.
+
+        Args:
+            packed: codes are to come packed (`packs_codes`).
+        """
         return {
             "out_inv_scale": self.x_inv_scale,
             "out_zero_point": self.x_zero_point,
             "out_bits": self.a_bits,
+            "out_packed": packed,
         }
+
+    def packs_codes(self) -> bool:
+        """Whether a kernel for packed 4-bit codes [M, K' / 2] runs this layer on its device."""
+        nibbles = self._nibbles
+        if self._layout != "int8" or max(self.w_bits, self.a_bits) > 4:
+            return False
+        if dispatch.chosen(self.backend) not in ("auto", "cuda"):
+            return False
+        if nibbles is None:
+            weight = pack_weight(self.operands.weight, self.operands.split)
+            nibbles = self._nibbles = weight or ()
+        if not nibbles:
+            return False
+        arguments = self._gemm_arguments(nibbles[0][:1])
+        epilogue = {"weight_offset": nibbles[1]}
+        return (
+            dispatch.why_not(self.gemm, "cuda", *arguments, **epilogue) is None
+            and dispatch.select(self.gemm, self.backend, *arguments, **epilogue) == "cuda"
+        )
 
     @property
     def operands(self) -> GemmOperands:
@@ -412,11 +488,16 @@ class QuantLinear(_PackedWeight):
         return codes if order is None else codes.index_select(1, order)
 
     def multiply(self, codes: Tensor, **epilogue: Any) -> Tensor:
-        """`ops.qlinear` of codes [M, K'] in GEMM order with this layer's weight: [M, N]."""
-        o = self.operands
-        return ops.qlinear(  # type: ignore[no-any-return]
-            codes, o.weight, o.scale, o.scale2, o.split, o.bias, backend=self.backend, **epilogue
-        )
+        """`ops.qlinear` of codes [M, K'] in GEMM order with this layer's weight: [M, N].
+
+        Args:
+            codes: int8, or packed where the layer `packs_codes`.
+        """
+        if codes.dtype == torch.uint8 and self._nibbles:
+            epilogue["weight_offset"] = self._nibbles[1]
+        op = ops.qlinear_packed if self._layout == "packed" else ops.qlinear
+        arguments = self._gemm_arguments(codes)
+        return op(*arguments, backend=self.backend, **epilogue)  # type: ignore[no-any-return]
 
     def kernel(self) -> str:
         """The backend that runs this layer's product on its device.
@@ -426,13 +507,13 @@ class QuantLinear(_PackedWeight):
         """
         if self.x_scale is None:
             return super().kernel()
-        o = self.operands
         x = torch.empty(1, self.in_features, device=self.packed.device)
         quantizer = (self.x_inv_scale, self.x_zero_point, self.a_bits)
         dispatch.select("quantize", self.backend, x, *quantizer)
-        codes = torch.empty(1, o.weight.shape[1], dtype=torch.int8, device=x.device)
-        args = (codes, o.weight, o.scale, o.scale2, o.split, o.bias)
-        return dispatch.select("qlinear", self.backend, *args)
+        if self.packs_codes():
+            return "cuda"
+        codes = self.in_gemm_order(torch.empty_like(x, dtype=torch.int8))
+        return dispatch.select(self.gemm, self.backend, *self._gemm_arguments(codes))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -444,6 +525,7 @@ class QuantLinear(_PackedWeight):
                 for v in [getattr(o, f.name)]
             }
             self._operands = GemmOperands(**moved)
+        self._nibbles = None
         return self
 
     def extra_repr(self) -> str:
@@ -597,7 +679,7 @@ class QuantAttention(Attention):
     def quantize(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """Codes of float q, k and v."""
         return [
-            ops.quantize(x, *quantizer, self.qk.backend)
+            ops.quantize(x, *quantizer, backend=self.qk.backend)
             for x, quantizer in zip((q, k, v), self.quantizers(), strict=True)
         ]
 

@@ -36,6 +36,20 @@ def set_backend(net: nn.Module, backend: str) -> None:
             module.kernels()
 
 
+def set_layout(net: nn.Module, layout: str) -> None:
+    """Keep the weights of every integer GEMM of `net` as `layout`, int8 or packed.
+
+    int8, the default, is unpacked once; packed takes a half to a quarter of the memory and is
+    unpacked in the kernel. Codes are the same.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
+    for module in net.modules():
+        if isinstance(module, QuantLinear):
+            module.layout = layout
+
+
 def summary(net: nn.Module) -> str:
     """A row per quantized site: bits, scheme, the kernel that runs it, bytes; then the kernels a
     transformer block runs.

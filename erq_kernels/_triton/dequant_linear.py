@@ -4,10 +4,8 @@ Grid: one program per tile of the output, times SPLIT parts of K. With SPLIT > 1
 parts leave fp32 sums behind, which a second kernel adds in order: no atomics, so equal calls give
 equal bits.
 
-W is never written out. Where rows begin on a 32-bit word (WORDS), a unit of UNIT codes, the least
-number that fills whole words, is loaded as words, and each code is cut out by constant shifts;
-widths of 3, 5, 6 and 7 bits cross from one word into the next. Otherwise each code is cut out of
-the two bytes around it.
+W is never written out. Where rows begin on a 32-bit word (WORDS), codes are cut out of whole words
+(`bitstream`), otherwise each out of the two bytes around it.
 
 code − zero_point is the operand, in x's dtype, and the scale of the row multiplies the finished
 sum: the operand is exact while |code − zero_point| <= 256 in bfloat16, 2048 in float16. Outlier
@@ -15,14 +13,13 @@ columns have their own zero point, and an operand times the ratio of the two sca
 dtype. Sums are fp32; float32 is multiplied in full precision, without TF32.
 
 Evidence: under Triton's interpreter (which multiplies bfloat16 as float32) within the bounds of
-tests/kernels/test_triton_dequant.py; compiled for sm_80 and sm_90. Not run on a GPU.
+tests/kernels/test_dequant.py; compiled for sm_80 and sm_90. Not run on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import gcd
 from typing import Any
 
 import torch
@@ -31,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from erq_kernels._triton import INTERPRETED
+from erq_kernels._triton.bitstream import codes_of_words, unit_of
 from erq_kernels._triton.launch import Launch, StaticCase
 from erq_kernels._triton.quantize import FLOATS
 from erq_kernels.formats import packed_size
@@ -40,52 +38,6 @@ _TWO_23 = tl.constexpr(8388608.0)
 _TWO_23_BITS = tl.constexpr(0x4B000000)
 # Largest ratio of scales inside an operand: 64 · 1023 stays within fp16.
 _MAX_RATIO = tl.constexpr(64.0)
-
-
-@triton.jit
-def _cut(words, INDEX: tl.constexpr, BITS: tl.constexpr):
-    """Code INDEX of a unit as the bits of the fp32 number 2**23 + code."""
-    word: tl.constexpr = INDEX * BITS // 32
-    shift: tl.constexpr = INDEX * BITS % 32
-    code = words[word] >> shift
-    if shift + BITS > 32:
-        code = code | (words[word + 1] << (32 - shift))
-    return (code & (2**BITS - 1)) | _TWO_23_BITS
-
-
-@triton.jit
-def _cut_every(
-    words, FIRST: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr, BITS: tl.constexpr
-):
-    """Codes FIRST, FIRST + STEP, … of a unit, side by side in the last dimension."""
-    if STEP == UNIT:
-        return _cut(words, FIRST, BITS)
-    else:
-        return tl.interleave(
-            _cut_every(words, FIRST, 2 * STEP, UNIT, BITS),
-            _cut_every(words, FIRST + STEP, 2 * STEP, UNIT, BITS),
-        )
-
-
-@triton.jit
-def _codes_of_words(
-    packed, cols, start, units, BITS: tl.constexpr, UNIT: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
-):  # fmt: skip
-    """2**23 + code, fp32 [cols, BLOCK_K], of columns start…; packed is int32 words, units a row."""
-    per_unit: tl.constexpr = UNIT * BITS // 32
-    unit = start // UNIT + tl.arange(0, BLOCK_K // UNIT)
-    row = cols.to(tl.int64)[:, None] * units
-    first = packed + (row + unit[None, :]) * per_unit
-    words = ()
-    for i in tl.static_range(per_unit):
-        if EVEN:
-            word = tl.load(first + i)  # [cols, BLOCK_K / UNIT]
-        else:
-            word = tl.load(first + i, mask=(unit < units)[None, :], other=0)
-        word = word.to(tl.uint32, bitcast=True)
-        words = words + (word,)  # type: ignore[assignment]  # noqa: RUF005
-    return _cut_every(words, 0, 1, UNIT, BITS).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -142,7 +94,9 @@ def dequant_linear_kernel(
         else:
             a = tl.load(x + k[None, :] * stride_k, mask=in_k[None, :], other=0.0)
         if WORDS:
-            w = _codes_of_words(packed, w_rows, start, units, BITS, UNIT, BLOCK_K, EVEN)
+            w = codes_of_words(
+                packed, w_rows, start, units, _TWO_23_BITS, BITS, UNIT, BLOCK_K, EVEN
+            ).to(tl.float32, bitcast=True)
         else:
             w = _codes_of_bytes(packed, w_rows, start, N, K, BITS, BLOCK_K)
         if is_outlier is not None:
@@ -213,7 +167,7 @@ def _configure(m: int, n: int, k: int, tensor_cores: bool, words: bool) -> _Conf
         elif m <= 256:
             block_m, block_n, block_k, warps = 64, 64, 64, 4
         else:
-            block_m, block_n, block_k, warps = 128, 128, 64, 8
+            block_m, block_n, block_k, warps = 128, 64, 64, 4
     elif tensor_cores and not few:
         block_m, block_n, block_k, warps = 64, 64, 32, 4
     elif words and not few:
@@ -247,7 +201,7 @@ def _plan(
     """The launches, in order, for M and N >= 1; is_outlier is int8 [K], not 0 at the outliers."""
     m, k = x.shape
     n = out.shape[1]
-    unit = 32 // gcd(bits, 32)
+    unit = unit_of(bits)
     words = k % unit == 0 and int(packed.storage_offset()) % 4 == 0
     config = _configure(m, n, k, x.dtype != torch.float32, words)
     target = out
@@ -297,10 +251,10 @@ def dequant_linear(
     bits: int,
     scale: Tensor,
     zero_point: Tensor,
-    scale2: Tensor | None,
-    zero_point2: Tensor | None,
-    columns: Tensor | None,
-    bias: Tensor | None,
+    scale2: Tensor | None = None,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`reference.dequant_linear`; contiguous [M, N] of x's dtype."""
     m, k = x.shape
@@ -324,10 +278,10 @@ def dequant_linear_why_not(
     bits: int,
     scale: Tensor,
     zero_point: Tensor,
-    scale2: Tensor | None,
-    zero_point2: Tensor | None,
-    columns: Tensor | None,
-    bias: Tensor | None,
+    scale2: Tensor | None = None,
+    zero_point2: Tensor | None = None,
+    columns: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> str | None:
     """Why the kernel cannot run these arguments, or None."""
     if x.dtype not in FLOATS:
@@ -341,15 +295,15 @@ def static_cases(arch: int) -> Iterator[StaticCase]:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    # Dual columns are flagged by a byte each; codes of rows that begin on any bit are cut from
-    # bytes.
-    for m, n, k, bits, dual, dtype, load_bytes in (
-        (1, 768, 768, 4, False, torch.bfloat16, 16),
-        (1, 768, 768, 3, True, torch.float16, 1),
-        (197, 768, 768, 8, False, torch.bfloat16, 16),
-        (50432, 768, 768, 4, False, torch.bfloat16, 16),
-        (50432, 768, 768, 6, True, torch.bfloat16, 1),
-        (257, 1280, 588, 4, False, torch.float16, 1),
+    # Small loads: a unit's three words, which are 12 bytes apart, and a step's flags. Rows that
+    # begin on any bit are cut from bytes.
+    for m, n, k, bits, dual, dtype, load_bytes, small_loads in (
+        (1, 768, 768, 4, False, torch.bfloat16, 16, 0),
+        (1, 768, 768, 3, True, torch.float16, 16, 4),
+        (197, 768, 768, 8, False, torch.bfloat16, 16, 0),
+        (50432, 768, 768, 4, False, torch.bfloat16, 16, 0),
+        (50432, 768, 768, 6, True, torch.bfloat16, 16, 7),  # two units a thread
+        (257, 1280, 588, 4, False, torch.float16, 1, 0),
     ):
         zero_point = empty(n, dtype=torch.int32)
         launches = _plan(
@@ -359,4 +313,4 @@ def static_cases(arch: int) -> Iterator[StaticCase]:
         )  # fmt: skip
         name = f"dequant_linear {m}×{n}×{k} {bits} bits{' dual' if dual else ''} {dtype}"
         for launch, part in zip(launches, ("", " sum"), strict=False):
-            yield StaticCase(name.replace("torch.", "") + part, launch, load_bytes)
+            yield StaticCase(name.replace("torch.", "") + part, launch, load_bytes, small_loads)

@@ -54,9 +54,12 @@ class StaticCase:
     Args:
         name: op and variant, e.g. "qlinear 50432×1152×384 codes".
         launch: over meta tensors; bases count as aligned to 16 bytes.
-        load_bytes: narrowest load from global memory that the K loop may hold.
+        load_bytes: narrowest load from global memory that alignment excuses in the K loop.
+        small_loads: loads there that may be narrower, since their tile has not as much for each
+            thread or is in pieces that are not as long.
     """
 
     name: str
     launch: Launch
     load_bytes: int = 16
+    small_loads: int = 0

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from erq_kernels._triton import INTERPRETED
 from erq_kernels._triton.launch import Launch, StaticCase
-from erq_kernels._triton.numerics import quantize_to_int8
+from erq_kernels._triton.numerics import pack_pairs, quantize_to_int8
 from erq_kernels._triton.quantize import FLOATS
 
 # Whole rows are held in registers.
@@ -47,13 +47,26 @@ def _codes(
     return quantize_to_int8(normal * w + b, inv, zero, BITS)
 
 
+@triton.jit
+def _store(out, codes, first, in_m, K_OUT, PACKED: tl.constexpr):
+    """Codes [ROWS, C] of the columns from `first` on; `out` has the rows' first elements."""
+    if PACKED:
+        half = first // 2 + tl.arange(0, codes.shape[1] // 2)
+        tl.store(out + half[None, :], pack_pairs(codes), mask=in_m & (half < K_OUT // 2)[None, :])
+    else:
+        cols = first + tl.arange(0, codes.shape[1])
+        tl.store(out + cols[None, :], codes, mask=in_m & (cols < K_OUT)[None, :])
+
+
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_quantize_kernel(
     x, out, weight, bias, inv_scale, zero_point, order, M, K, K_OUT, stride_m, stride_k, eps,
-    BITS: tl.constexpr, PER_COLUMN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
+    BITS: tl.constexpr, PER_COLUMN: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    """x float [M, K] → out int8 [M, K_OUT], contiguous; order None: K_OUT = K."""
+    """x float [M, K] → out int8 [M, K_OUT], contiguous; order None: K_OUT = K; or packed, K_OUT
+    even.
+    """
     first = tl.program_id(0).to(tl.int64) * ROWS
     local = tl.arange(0, ROWS)[:, None]
     in_m = local < M - first
@@ -61,7 +74,8 @@ def layer_norm_quantize_kernel(
     in_k = cols < K
     inside = in_m & in_k[None, :]
     x += first * stride_m + local * stride_m
-    out += first * K_OUT + local * K_OUT
+    row = K_OUT // 2 if PACKED else K_OUT
+    out += first * row + local * row
     value = tl.load(x + cols[None, :] * stride_k, mask=inside, other=0).to(tl.float32)
     mean = (tl.sum(value, axis=1) / K)[:, None]
     centred = tl.where(in_k[None, :], value - mean, 0.0)  # [ROWS, BLOCK]
@@ -71,7 +85,7 @@ def layer_norm_quantize_kernel(
         codes = _codes(
             centred * rstd, weight, bias, inv_scale, zero_point, cols, in_k, BITS, PER_COLUMN
         )
-        tl.store(out + cols[None, :], codes, mask=inside)
+        _store(out, codes, 0, in_m, K_OUT, PACKED)
     else:
         for start in range(0, K_OUT, BLOCK_OUT):
             position = start + tl.arange(0, BLOCK_OUT)
@@ -83,7 +97,7 @@ def layer_norm_quantize_kernel(
                 (again.to(tl.float32) - mean) * rstd, weight, bias, inv_scale, zero_point,
                 channel, in_out, BITS, PER_COLUMN,
             )  # fmt: skip
-            tl.store(out + position[None, :], permuted, mask=written)
+            _store(out, permuted, start, in_m, K_OUT, PACKED)
 
 
 def _plan(
@@ -95,7 +109,7 @@ def _plan(
     inv_scale: Tensor,
     zero_point: Tensor,
     bits: int,
-    order: Tensor | None,
+    order: Tensor | None = None,
 ) -> Launch:
     """The launch for x [M, K], M and K >= 1."""
     m, k = x.shape
@@ -107,12 +121,13 @@ def _plan(
         grid=(triton.cdiv(m, rows),),
         args={
             "x": x, "out": out, "weight": weight, "bias": bias, "inv_scale": inv_scale,
-            "zero_point": zero_point, "order": order, "M": m, "K": k, "K_OUT": out.shape[1],
+            "zero_point": zero_point, "order": order, "M": m, "K": k,
+            "K_OUT": k if order is None else len(order),
             "stride_m": x.stride(0), "stride_k": x.stride(1), "eps": eps,
         },
         constants={
-            "BITS": bits, "PER_COLUMN": inv_scale.dim() == 1, "ROWS": rows, "BLOCK": block,
-            "BLOCK_OUT": max(64, 1024 // rows),
+            "BITS": bits, "PER_COLUMN": inv_scale.dim() == 1, "PACKED": out.dtype == torch.uint8,
+            "ROWS": rows, "BLOCK": block, "BLOCK_OUT": max(64, 1024 // rows),
         },
         num_warps=max(4, min(16, rows * block // 512)),
         num_stages=1,
@@ -127,11 +142,14 @@ def layer_norm_quantize(
     inv_scale: Tensor,
     zero_point: Tensor,
     bits: int,
-    order: Tensor | None,
+    order: Tensor | None = None,
+    out_packed: bool = False,
 ) -> Tensor:
     """`reference.layer_norm_quantize`; that `order` holds channels of x is not checked here."""
     columns = x.shape[1] if order is None else order.shape[0]
-    out = torch.empty((x.shape[0], columns), dtype=torch.int8, device=x.device)
+    shape = (x.shape[0], columns // 2 if out_packed else columns)
+    dtype = torch.uint8 if out_packed else torch.int8
+    out = torch.empty(shape, dtype=dtype, device=x.device)
     if out.numel():
         weight, bias = weight.contiguous(), bias.contiguous()
         inv_scale, zero_point = inv_scale.contiguous(), zero_point.contiguous()
@@ -148,7 +166,8 @@ def layer_norm_quantize_why_not(
     inv_scale: Tensor,
     zero_point: Tensor,
     bits: int,
-    order: Tensor | None,
+    order: Tensor | None = None,
+    out_packed: bool = False,
 ) -> str | None:
     """Why the kernel cannot run these arguments, or None."""
     if x.dtype not in FLOATS:

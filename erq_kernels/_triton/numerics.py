@@ -35,6 +35,14 @@ def quantize_to_int8(y, inv_scale, zero_point, BITS: tl.constexpr):
 
 
 @triton.jit
+def pack_pairs(codes):
+    """uint8 [R, C / 2] of 4-bit codes [R, C], as `formats.pack_nibbles`."""
+    pairs = tl.reshape(codes.to(tl.int32), (codes.shape[0], codes.shape[1] // 2, 2))
+    low, high = tl.split(pairs)
+    return (low | (high << 4)).to(tl.uint8)
+
+
+@triton.jit
 def gelu(x):
     """x · Φ(x) through erf."""
     return x * 0.5 * (1.0 + tl.erf(x * _SQRT_HALF))

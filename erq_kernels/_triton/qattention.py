@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from erq_kernels._triton.launch import Launch, StaticCase
-from erq_kernels._triton.numerics import quantize_to_int8
+from erq_kernels._triton.numerics import pack_pairs, quantize_to_int8
 from erq_kernels._triton.quantize import FLOATS
 
 _TWO_LOG2E = tl.constexpr(2 * 1.4426950408889634)
@@ -181,9 +181,9 @@ def _whole_values(a, b, scale):
 @triton.jit
 def _store(
     y, out, inv_scale, zero_point, rows, first, T, D, stride_ot, stride_od,
-    WIDTH: tl.constexpr, OUT_BITS: tl.constexpr, PER_COLUMN: tl.constexpr,
+    WIDTH: tl.constexpr, OUT_BITS: tl.constexpr, PER_COLUMN: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """fp32 values [rows, WIDTH] or their codes, dimensions first…."""
+    """fp32 values [rows, WIDTH] or their codes, dimensions first…; PACKED: D even."""
     dims = first + tl.arange(0, WIDTH)
     in_d = dims < D
     o = out + rows[:, None] * stride_ot + dims[None, :] * stride_od
@@ -197,7 +197,14 @@ def _store(
         else:
             inv = tl.load(inv_scale)
             zero = tl.load(zero_point)
-        tl.store(o, quantize_to_int8(y, inv, zero, OUT_BITS), mask=inside)
+        codes = quantize_to_int8(y, inv, zero, OUT_BITS)
+        if PACKED:
+            half = first // 2 + tl.arange(0, WIDTH // 2)
+            at = out + rows[:, None] * stride_ot + half[None, :] * stride_od
+            in_half = (rows < T)[:, None] & (half < D // 2)[None, :]
+            tl.store(at, pack_pairs(codes), mask=in_half)
+        else:
+            tl.store(o, codes, mask=inside)
 
 
 @triton.jit
@@ -208,8 +215,8 @@ def qattention_kernel(
     stride_vb, stride_vh, stride_vt, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
     stride_bb, stride_bh, stride_bm, stride_bn,
     QK_BITS: tl.constexpr, AV_BITS: tl.constexpr, ZERO_LAST: tl.constexpr, OUT_BITS: tl.constexpr,
-    PER_COLUMN: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
+    PER_COLUMN: tl.constexpr, PACKED: tl.constexpr, CHUNKS: tl.constexpr, LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """q, k, v int8 [B, H, T, D] → out fp32, or int8 codes if OUT_BITS > 0; bias [n, H, T, T],
     n = bias_batches: those of every n entries of the batch in turn.
@@ -323,12 +330,12 @@ def qattention_kernel(
         y_tail = _whole_values(a_tail, b_tail, y_scale)
     _store(
         y, out, inv_scale, zero_point, rows, 0, T, D, stride_ot, stride_od,
-        BLOCK_D, OUT_BITS, PER_COLUMN,
+        BLOCK_D, OUT_BITS, PER_COLUMN, PACKED,
     )  # fmt: skip
     if TAIL > 0:
         _store(
             y_tail, out, inv_scale, zero_point, rows, BLOCK_D, T, D, stride_ot, stride_od,
-            TAIL, OUT_BITS, PER_COLUMN,
+            TAIL, OUT_BITS, PER_COLUMN, PACKED,
         )  # fmt: skip
 
 
@@ -387,11 +394,14 @@ def _plan(
             "QK_BITS": qk_bits, "AV_BITS": av_bits, "ZERO_LAST": zero_last,
             "OUT_BITS": 0 if out_inv_scale is None else out_bits,
             "PER_COLUMN": out_inv_scale is not None and out_inv_scale.dim() == 1,
+            "PACKED": out.dtype == torch.uint8,
             "CHUNKS": chunks, "LAST": last, "BLOCK_M": block_m, "BLOCK_N": block_n,
             "BLOCK_D": block_d, "TAIL": tail,
         },
         num_warps=block_m // 16,
         num_stages=1 if tail > 16 else 2,
+        # For sm_100, ptxas would otherwise aim at more programs a multiprocessor, and spill.
+        max_registers=248 if chunks > 2 or tail else None,
     )  # fmt: skip
 
 
@@ -412,10 +422,13 @@ def qattention(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    out_packed: bool = False,
 ) -> Tensor:
     """`reference.qattention`; contiguous [B, T, H, D]."""
     dtype = torch.float32 if out_inv_scale is None else torch.int8
     b, h, t, d = q.shape
+    if out_packed:
+        d, dtype = d // 2, torch.uint8
     out = torch.empty((b, t, h, d), dtype=dtype, device=q.device)
     if out.numel():
         _plan(
@@ -443,6 +456,7 @@ def qattention_why_not(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    out_packed: bool = False,
 ) -> str | None:
     """Why the kernel cannot run these arguments, or None."""
     if q.shape[-1] > _MAX_HEAD_DIM:
@@ -453,28 +467,32 @@ def qattention_why_not(
 
 
 def static_cases(arch: int) -> Iterator[StaticCase]:
-    """Attention of DeiT-S at 4 and 8 bits, of Swin, of long rows, and of heads of 80 and 96."""
+    """Attention of DeiT-S at 4 and 8 bits and with float probabilities, of Swin, of long rows, and
+    of heads of 80 and 96.
+    """
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     zero = empty(dtype=torch.int32)
-    for b, h, t, d, bits, has_bias in (
-        (256, 6, 197, 64, 4, False),
-        (256, 6, 197, 64, 8, False),
-        (4096, 3, 49, 32, 4, True),
-        (64, 6, 577, 64, 4, False),
-        (64, 16, 257, 80, 4, False),
-        (64, 8, 144, 96, 4, True),
+    # Small loads: a thread has 4 or 8 bytes of the tiles of dimensions 64…
+    for b, h, t, d, bits, has_bias, is_float, small_loads in (
+        (256, 6, 197, 64, 4, False, False, 0),
+        (256, 6, 197, 64, 8, False, False, 0),
+        (256, 6, 197, 64, 8, False, True, 0),
+        (4096, 3, 49, 32, 4, True, False, 0),
+        (64, 6, 577, 64, 4, False, False, 0),
+        (64, 6, 577, 64, 8, False, True, 0),
+        (64, 16, 257, 80, 4, False, False, 3),
+        (64, 8, 144, 96, 4, True, False, 3),
     ):
         q, k, v = empty(b, t, 3, h, d, dtype=torch.int8).permute(2, 0, 3, 1, 4)
         bias = empty(h, t, t) if has_bias else None
         out = empty(b, t, h, d, dtype=torch.int8).transpose(1, 2)
         launch = _plan(
-            q, k, v, out, zero, zero, zero, empty(), empty(), empty(), bits, bits, True, bias,
-            empty(), zero, bits,
+            q, k, v, out, zero, zero, zero, empty(), None if is_float else empty(), empty(), bits,
+            bits, True, bias, empty(), zero, bits,
         )  # fmt: skip
-        name = f"qattention {t}×{d} {bits} bits{' bias' if has_bias else ''}"
-        # A thread's share of the tile of dimensions 64… is 4 bytes, and rows of a bias are as
-        # aligned as its elements.
-        yield StaticCase(name, launch, load_bytes=4 if has_bias or d > 64 else 16)
+        name = f"qattention {t}×{d} {bits} bits"
+        name += (" bias" if has_bias else "") + (" float" if is_float else "")
+        yield StaticCase(name, launch, small_loads=small_loads)

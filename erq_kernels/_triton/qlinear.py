@@ -14,7 +14,7 @@ the result is the reference's bit by bit; erf and exp are within a few ulp of to
 move a code that lies on a rounding boundary. Codes equal the reference's for |out_zero_point| <
 2**22 − 256.
 
-Evidence: run in Triton's interpreter against the reference (tests/kernels/test_triton_qlinear.py),
+Evidence: run in Triton's interpreter against the reference (tests/kernels/test_qlinear.py),
 compiled for sm_80 to sm_120 (bench/static.py); not yet run on a GPU.
 """
 
@@ -49,7 +49,7 @@ _FIRST_STEP = 32
 
 
 @triton.jit
-def _locate_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def locate_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """First row and first column of this program's tile."""
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -105,7 +105,7 @@ def _split_columns(tile):
 
 
 @triton.jit
-def _finish(
+def finish(
     acc, acc2, row, col, out, scale, scale2, bias, layer_scale, residual, inv_scale, zero_point,
     M, N, stride_r, ACT: tl.constexpr, OUT_BITS: tl.constexpr, PER_COLUMN: tl.constexpr,
 ):  # fmt: skip
@@ -117,11 +117,11 @@ def _finish(
         right2 = None
         if acc2 is not None:
             left2, right2 = _split_columns(acc2)
-        _finish(
+        finish(
             left, left2, row, col, out, scale, scale2, bias, layer_scale, residual,
             inv_scale, zero_point, M, N, stride_r, ACT, OUT_BITS, PER_COLUMN,
         )  # fmt: skip
-        _finish(
+        finish(
             right, right2, row, col + half, out, scale, scale2, bias, layer_scale, residual,
             inv_scale, zero_point, M, N, stride_r, ACT, OUT_BITS, PER_COLUMN,
         )  # fmt: skip
@@ -165,7 +165,7 @@ def qlinear_kernel(
     OUT_BITS: tl.constexpr, PER_COLUMN: tl.constexpr,
 ):  # fmt: skip
     """Tiles through pointers. BLOCK_S is the first segment's step where there are two."""
-    row, col = _locate_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    row, col = locate_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     # Rows and columns over the edge repeat the last real one: in bounds without masks, never
     # stored.
     rows = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - row)
@@ -188,7 +188,7 @@ def qlinear_kernel(
         acc = _dot_segment(
             x, weight, rows, cols, split, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_S, DOTS
         )
-    _finish(
+    finish(
         acc, acc2, row, col, out, scale, scale2, bias, layer_scale, residual, inv_scale, zero_point,
         M, N, stride_r, ACT, OUT_BITS, PER_COLUMN,
     )  # fmt: skip
@@ -203,14 +203,14 @@ def qlinear_tma_kernel(
     GROUP_M: tl.constexpr, ACT: tl.constexpr, OUT_BITS: tl.constexpr, PER_COLUMN: tl.constexpr,
 ):  # fmt: skip
     """Tiles through tensor descriptors, a pair per segment: beyond their edges they read as 0."""
-    row, col = _locate_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    row, col = locate_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     if scale2 is None:
         acc = _dot_segment_tma(x, weight, row, col, K, BLOCK_M, BLOCK_N, BLOCK_K)
         acc2 = None
     else:
         acc2 = _dot_segment_tma(x2, weight2, row, col, K - split, BLOCK_M, BLOCK_N, BLOCK_K)
         acc = _dot_segment_tma(x, weight, row, col, split, BLOCK_M, BLOCK_N, BLOCK_S)
-    _finish(
+    finish(
         acc, acc2, row, col, out, scale, scale2, bias, layer_scale, residual, inv_scale, zero_point,
         M, N, stride_r, ACT, OUT_BITS, PER_COLUMN,
     )  # fmt: skip
@@ -237,7 +237,7 @@ def plan(
     Args:
         x, weight, residual: rows of any stride, columns contiguous.
         others: as `ops.qlinear`; vectors contiguous.
-        config: its `tma` holds where x and weight allow descriptors (`allows_tma`).
+        config: its `kernel` is "tma" or "gluon" only where `allows_tma` says so.
     """
     (m, k), n = x.shape, weight.shape[0]
     block_s = _FIRST_STEP * config.dots
@@ -268,7 +268,13 @@ def plan(
         "OUT_BITS": 0 if out_inv_scale is None else out_bits,
         "PER_COLUMN": out_inv_scale is not None and out_inv_scale.dim() == 1,
     }
-    if config.tma:
+    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
+    if config.kernel == "gluon":
+        # Where Triton interprets, it has no Gluon.
+        from erq_kernels._triton import qlinear_gluon
+
+        return qlinear_gluon.plan(x, weight, split, args, constants, grid, config)
+    if config.kernel == "tma":
         kernel = qlinear_tma_kernel
         x2 = weight2 = None
         if scale2 is not None:
@@ -287,7 +293,7 @@ def plan(
         constants["DOTS"] = config.dots
     return Launch(
         kernel,
-        (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),),
+        grid,
         args,
         constants,
         config.num_warps,
@@ -311,8 +317,16 @@ def allows_tma(x: Tensor, weight: Tensor, split: int) -> bool:
     )
 
 
+def can_run(config: GemmConfig, x: Tensor, weight: Tensor, split: int, arch: int) -> bool:
+    if config.kernel == "pointers":
+        return True
+    if config.kernel == "tma":
+        return (INTERPRETED or arch >= 90) and allows_tma(x, weight, split)
+    return not INTERPRETED and arch == 90 and allows_tma(x, weight, split)
+
+
 @cache
-def _device(device: torch.device) -> tuple[int, str]:
+def describe_device(device: torch.device) -> tuple[int, str]:
     """Compute capability and name; those of the interpreter are of no device."""
     if INTERPRETED:
         return 80, "interpreter"
@@ -338,8 +352,10 @@ def qlinear(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    weight_offset: Tensor | None = None,
+    out_packed: bool = False,
 ) -> Tensor:
-    """See `ops.qlinear`."""
+    """See `ops.qlinear`; nothing is packed here (`qlinear_why_not`)."""
     (m, k), n = x.shape, weight.shape[0]
     dtype = out_dtype if out_inv_scale is None else torch.int8
     out = torch.empty((m, n), dtype=dtype, device=x.device)
@@ -347,11 +363,13 @@ def qlinear(
         return out
     x, weight = _with_contiguous_columns(x), _with_contiguous_columns(weight)
     dual = scale2 is not None
-    arch, device = _device(x.device)
+    arch, device = describe_device(x.device)
     long = max(split, k - split, 1)
     config = configs.choose("qlinear", m, n, long, dual, arch, device)
-    if config.tma and not allows_tma(x, weight, split):
+    if not can_run(config, x, weight, split, arch):
         config = configs.heuristic(m, n, long, dual, arch)
+        if not can_run(config, x, weight, split, arch):  # operands that no descriptor can read
+            config = replace(config, kernel="pointers")
     plan(
         x,
         weight,
@@ -385,8 +403,12 @@ def qlinear_why_not(
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
+    weight_offset: Tensor | None = None,
+    out_packed: bool = False,
 ) -> str | None:
     """The reason these arguments cannot run here, or None."""
+    if x.dtype == torch.uint8 or out_packed:
+        return "Triton has no 4-bit tensor-core instruction: codes are int8 here, not packed"
     vectors = {"scale": scale, "scale2": scale2, "bias": bias, "layer_scale": layer_scale}
     for name, vector in vectors.items():
         if vector is not None and vector.dtype != torch.float32:
@@ -417,11 +439,11 @@ _STATIC_SHAPES = (
     ("21k head batch 32", 32, 21843, 384, 0, "float"),
     ("head batch 1", 1, 1000, 384, 0, "float"),
 )
-_STATIC_TMA = ("qkv", "fc1 dual gelu", "fc2 residual")
+_STATIC_OTHERS = ("qkv", "fc1 dual gelu", "fc2 residual")
 
 
 def static_cases(arch: int) -> Iterator[StaticCase]:
-    """Calls of `_STATIC_SHAPES` on `arch` as the heuristic configures them, descriptors too."""
+    """Calls of `_STATIC_SHAPES` on `arch` as the heuristic configures them; some by all kernels."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -429,8 +451,16 @@ def static_cases(arch: int) -> Iterator[StaticCase]:
     for name, m, n, long, first, epilogue in _STATIC_SHAPES:
         default = configs.heuristic(m, n, long, first > 0, arch)
         variants = [(f"qlinear {name}", default)]
-        if arch >= 90 and name in _STATIC_TMA:
-            variants.append((f"qlinear {name} tma", replace(default, tma=True, dots=1)))
+        if default.kernel == "tma" and name in _STATIC_OTHERS:
+            variants.append((f"qlinear {name} pointers", replace(default, kernel="pointers")))
+        elif arch >= 90 and name in _STATIC_OTHERS:
+            # Without a limit ptxas keeps to 168 for sm_120 under Triton 3.6, and spills.
+            limit = 248 if arch == 120 else default.max_registers
+            tma = replace(default, kernel="tma", dots=1, max_registers=limit)
+            variants.append((f"qlinear {name} tma", tma))
+        if arch == 90 and name in _STATIC_OTHERS:
+            gluon = replace(default, kernel="gluon", max_registers=None)
+            variants.append((f"qlinear {name} gluon", gluon))
         k = first + long
         codes = epilogue in ("codes", "gelu", "gelu_tanh")
         add = epilogue == "residual"

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from erq_kernels._triton.launch import Launch, StaticCase
-from erq_kernels._triton.numerics import quantize_to_int8
+from erq_kernels._triton.numerics import pack_pairs, quantize_to_int8
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _DIMS = 4
@@ -27,9 +27,10 @@ _DIMS = 4
 @triton.jit(do_not_specialize=["R"])
 def quantize_kernel(
     x, out, inv_scale, zero_point, R, N1, N2, C, stride_0, stride_1, stride_2, stride_c,
-    BITS: tl.constexpr, PER_COLUMN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BITS: tl.constexpr, PER_COLUMN: tl.constexpr, PACKED: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """x float [N0, N1, N2, C] of R = N0·N1·N2 rows → out int8, contiguous."""
+    """x float [N0, N1, N2, C] of R = N0·N1·N2 rows → out int8, contiguous; or packed, C even."""
     tiles = tl.cdiv(C, BLOCK_C)
     tile = tl.program_id(0)
     rows = tile // tiles * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -51,8 +52,15 @@ def quantize_kernel(
         inv = tl.load(inv_scale)
         zero = tl.load(zero_point)
     codes = quantize_to_int8(value.to(tl.float32), inv, zero, BITS)
-    out += first
-    tl.store(out + (rows.to(tl.int64)[:, None] * C + cols[None, :]), codes, mask=inside)
+    if PACKED:
+        half = tl.arange(0, BLOCK_C // 2)
+        out += first // 2
+        in_half = (rows < R)[:, None] & (half < (C - first) // 2)[None, :]
+        at = rows.to(tl.int64)[:, None] * (C // 2) + half[None, :]
+        tl.store(out + at, pack_pairs(codes), mask=in_half)
+    else:
+        out += first
+        tl.store(out + (rows.to(tl.int64)[:, None] * C + cols[None, :]), codes, mask=inside)
 
 
 def _merge(x: Tensor, keep_last: bool) -> tuple[list[int], list[int]]:
@@ -96,23 +104,31 @@ def _plan(x: Tensor, out: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: i
             "stride_c": strides[3],
         },
         constants={
-            "BITS": bits, "PER_COLUMN": per_column, "BLOCK_R": block_r, "BLOCK_C": block_c,
+            "BITS": bits, "PER_COLUMN": per_column, "PACKED": out.dtype == torch.uint8,
+            "BLOCK_R": block_r, "BLOCK_C": block_c,
         },
         num_warps=4,
         num_stages=1,
     )  # fmt: skip
 
 
-def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """`reference.quantize`; contiguous int8 of x's shape."""
-    out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+def quantize(
+    x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int, out_packed: bool = False
+) -> Tensor:
+    """`reference.quantize`; contiguous."""
+    shape, dtype = x.shape, torch.int8
+    if out_packed:
+        shape, dtype = torch.Size((*shape[:-1], shape[-1] // 2)), torch.uint8
+    out = torch.empty(shape, dtype=dtype, device=x.device)
     if x.numel():
         inv_scale, zero_point = inv_scale.contiguous(), zero_point.contiguous()
         _plan(x.reshape(-1) if x.dim() == 0 else x, out, inv_scale, zero_point, bits).run()
     return out
 
 
-def quantize_why_not(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int) -> str | None:
+def quantize_why_not(
+    x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int, out_packed: bool = False
+) -> str | None:
     """Why the kernel cannot run these arguments, or None."""
     if x.dtype not in FLOATS:
         return f"x must be float16, bfloat16 or float32, got {x.dtype}"
@@ -132,3 +148,6 @@ def static_cases(arch: int) -> Iterator[StaticCase]:
         inv_scale = empty(*columns, dtype=torch.float32)
         zero_point = empty(*columns, dtype=torch.int32)
         yield StaticCase(f"quantize{name}", _plan(values, codes, inv_scale, zero_point, 4))
+    packed = empty(50432, 192, dtype=torch.uint8)
+    scalar, zero = empty(dtype=torch.float32), empty(dtype=torch.int32)
+    yield StaticCase("quantize packed", _plan(x, packed, scalar, zero, 4))

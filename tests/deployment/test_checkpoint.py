@@ -28,6 +28,7 @@ import erq
 from erq import CheckpointError
 from erq.config import QuantConfig
 from erq.deployment import checkpoint
+from erq.deployment.modules import QuantLinear
 from erq_kernels import BackendError, dispatch
 
 Build = Callable[..., Any]
@@ -203,6 +204,17 @@ def test_half_network_is_stored_in_float32(saved: Saved, tmp_path: Path) -> None
     net = erq.load(tmp_path / "half", backend="reference")
     assert {t.dtype for t in net.state_dict().values()} == {t.dtype for t in saved.tensors.values()}
     assert torch.equal(net.half()(saved.x.half()), half(saved.x.half()))
+
+
+@torch.no_grad()
+def test_loading_with_packed_weights(saved: Saved) -> None:
+    file = saved.write()
+    net: Any = erq.load(file, backend="reference", weights="packed")
+    assert torch.equal(net(saved.x), saved.logits)
+    layers = [m for m in net.modules() if isinstance(m, QuantLinear) and m.a_bits < 16]
+    assert layers and {layer.gemm for layer in layers} == {"qlinear_packed"}
+    with pytest.raises(ValueError, match="weights are kept as one of int8, packed, got 'int4'"):
+        erq.load("no such file", weights="int4")
 
 
 def test_inspect_reads_the_header(saved: Saved) -> None:

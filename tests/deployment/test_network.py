@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import erq
 from erq.deployment.modules import QuantLinear
-from erq.deployment.network import set_backend
+from erq.deployment.network import set_backend, set_layout
 from erq.quant import fake_quantize
 from erq.quant.fit import fit_weight
 from erq_kernels import BackendError, dispatch
@@ -265,6 +265,27 @@ def test_backend_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch.register("dequant_linear", "cpu", lambda *_: None, lambda *_: "no such instruction")
     with pytest.raises(BackendError, match=r"dequant_linear .*\(cpu: no such instruction\)"):
         set_backend(model, "cpu")
+
+
+def test_weights_are_kept_unpacked_or_packed(net: Any) -> None:
+    images = torch.randn(3, 3, 16, 16)
+    layers = [m for m in net.modules() if isinstance(m, QuantLinear) and m.a_bits < 16]
+    assert {layer.scheme for layer in layers} == {"dual", "affine"}
+    want, unpacked = net(images), [layer.operands.weight.numel() for layer in layers]
+    set_layout(net, "packed")
+    assert torch.equal(net(images), want)
+    for layer, size in zip(layers, unpacked, strict=True):
+        assert layer.layout == "packed" and layer.gemm == "qlinear_packed"
+        assert layer.operands.weight.numel() == size * layer.w_bits // 8
+    assert "qlinear_packed" in erq.summary(net)
+    again = copy.deepcopy(net).to("cpu")
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again(images), want)
+    assert {m.gemm for m in again.modules() if isinstance(m, QuantLinear)} == {"qlinear_packed"}
+    set_layout(net, "int8")
+    assert [layer.operands.weight.numel() for layer in layers] == unpacked
+    with pytest.raises(ValueError, match="weights are kept as one of int8, packed, got 'int4'"):
+        set_layout(net, "int4")
 
 
 @pytest.fixture

@@ -69,6 +69,13 @@ def test_kernel_gets_the_arguments_and_so_does_its_reason() -> None:
         dispatch.call("op", "cpu", 4)
 
 
+def test_explain_refuses_an_unknown_op(add: Add) -> None:
+    add("reference")
+    assert explain("op")["reference"] == "usable"
+    with pytest.raises(ValueError, match=r"unknown op 'oops'; choose one of op$"):
+        explain("oops")
+
+
 def test_forced_backend_runs_or_says_why_not(add: Add) -> None:
     add("reference")
     add("triton", "the tensor is on cpu")

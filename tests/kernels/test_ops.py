@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from erq_kernels import formats, ops, reference
+from erq_kernels import dispatch, explain, formats, ops, reference
 
 B, H, T, D = 2, 2, 5, 4
 M, K, N = 6, 12, 7
@@ -80,6 +80,43 @@ def qlinear_args() -> dict[str, Any]:
     }
 
 
+# Columns of the GEMM layout of K channels with and without outliers.
+WIDE, WIDEST = 32, 64
+
+
+def qlinear_packed_args() -> dict[str, Any]:
+    columns = torch.tensor([3, 9])
+    packed = formats.pack(torch.randint(0, 8, (N, K)), 3)
+    return {
+        "x": codes(M, WIDEST),
+        "packed": formats.order_packed(packed, 3, N, K, columns),
+        "w_bits": 3,
+        "k": K,
+        "outliers": 2,
+        "w_zero_point": integers(N),
+        "w_zero_point2": integers(N),
+        "scale": vector(N) * 1e-2,
+        "scale2": vector(N) * 1e-2,
+        "bias": torch.randn(N),
+        "act": "gelu",
+        "layer_scale": vector(N),
+        "residual": torch.randn(M, N),
+        "out_dtype": torch.float32,
+        "out_inv_scale": None,
+        "out_zero_point": None,
+        "out_bits": 0,
+    }
+
+
+ONE_SEGMENT = {
+    "x": codes(M, WIDE),
+    "packed": torch.randint(0, 256, (N, 12), dtype=torch.uint8),
+    "outliers": 0,
+    "scale2": None,
+    "w_zero_point2": None,
+}
+
+
 def qattention_args() -> dict[str, Any]:
     return {
         "q": torch.randint(0, 16, (B, H, T, D), dtype=torch.int8),
@@ -138,6 +175,7 @@ MAKE: dict[str, Callable[[], dict[str, Any]]] = {
     "quantize": quantize_args,
     "layer_norm_quantize": layer_norm_args,
     "qlinear": qlinear_args,
+    "qlinear_packed": qlinear_packed_args,
     "qattention": qattention_args,
     "dequant_linear": dequant_linear_args,
     "pack": pack_args,
@@ -182,6 +220,18 @@ GOOD: dict[str, dict[str, dict[str, Any]]] = {
         },
         "no rows": {"x": codes(0, K), "residual": torch.empty(0, N)},
         "strided": {"x": strided(codes(M, K)), "residual": strided(torch.randn(M, N))},
+    },
+    "qlinear_packed": {
+        "one segment": ONE_SEGMENT,
+        "eight bits": {
+            **ONE_SEGMENT,
+            "w_bits": 8,
+            "packed": torch.randint(0, 256, (N, WIDE), dtype=torch.uint8),
+            "w_zero_point": torch.full((N,), 128, dtype=torch.int32),
+        },
+        "codes": CODES_OUT,
+        "no rows": {"x": codes(0, WIDEST), "residual": torch.empty(0, N)},
+        "strided": {"x": strided(codes(M, WIDEST)), "residual": strided(torch.randn(M, N))},
     },
     "qattention": {
         "no bias": {"bias": None},
@@ -317,6 +367,28 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({**CODES_OUT, "out_zero_point": torch.tensor(1)}, "qlinear's output: .* int32"),
         ({**CODES_OUT, "out_inv_scale": torch.ones(N)}, r"qlinear's output: .* \[\] or \[7\]"),
     ],
+    "qlinear_packed": [
+        ({"x": torch.randn(M, WIDEST)}, r"x must hold int8 codes, got torch\.float32"),
+        ({"x": codes(M, K)}, r"x must have the 64 columns of 12 channels, 2 of them outliers"),
+        ({"w_bits": 1}, "bits must be from 2 to 8, got 1"),
+        ({"w_bits": 4}, r"packed must be uint8 \[7, 32\], got torch\.uint8 \[7, 24\]"),
+        ({"packed": torch.zeros(N * 24, dtype=torch.uint8)}, r"uint8 \[7, 24\], got .* \[168\]"),
+        ({"packed": torch.zeros(N, 24, dtype=I8)}, r"uint8 \[7, 24\], got torch\.int8"),
+        ({"outliers": K}, r"outliers must lie inside 0\.\.11, got 12"),
+        ({"outliers": -1}, r"outliers must lie inside 0\.\.11, got -1"),
+        ({"w_zero_point": torch.zeros(N)}, r"w_zero_point must be torch\.int32 \[7\]"),
+        ({"w_zero_point2": integers(1)}, r"w_zero_point2 must be torch\.int32 \[7\], got .* \[1\]"),
+        ({"w_zero_point2": None}, "outliers, scale2 and w_zero_point2 come together"),
+        ({"scale2": None}, "outliers, scale2 and w_zero_point2 come together"),
+        ({**ONE_SEGMENT, "scale2": vector(N)}, "outliers, scale2 and w_zero_point2 come together"),
+        ({"scale": torch.ones(N, dtype=F64)}, r"scale must be torch\.float32 .*torch\.float64"),
+        ({"bias": torch.ones(N + 1)}, r"bias must be torch\.float32 \[7\], got .* \[8\]"),
+        ({"act": "relu"}, "act must be one of none, gelu, gelu_tanh, got 'relu'"),
+        ({"residual": torch.randn(M, N + 1)}, r"residual must be float \[6, 7\], got .* \[6, 8\]"),
+        ({"out_dtype": I8}, r"out_dtype must be one of .*, got torch\.int8"),
+        ({"out_inv_scale": torch.tensor(1.0)}, "out_inv_scale and out_zero_point come together"),
+        ({**CODES_OUT, "out_bits": 0}, "bits must be from 2 to 8, got 0"),
+    ],
     "qattention": [
         ({"q": torch.randn(B, H, T, D)}, r"q must hold int8 codes, got torch\.float32"),
         ({"k": codes(B, H, T, D).int()}, r"k must hold int8 codes, got torch\.int32"),
@@ -389,6 +461,19 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"zero_point": torch.full((N,), 200).int()}, r"zero_point: weight code − zero_point must"),
     ],
 }
+
+
+@pytest.mark.parametrize("op", MAKE)
+def test_explain_takes_what_the_op_takes(op: str, device: torch.device) -> None:
+    schema = getattr(torch.ops.erq, op).default._schema
+    required = {a.name for a in schema.arguments if not a.has_default_value()}
+    made = MAKE[op]()
+    reasons = explain(op, *(made[a.name] for a in schema.arguments if a.name in required))
+    backend = dispatch.chosen()
+    assert reasons["reference"] == reasons[backend] == "usable"
+    assert explain(op, **made)[backend] == "usable"
+
+
 REFUSALS = [(op, change, text) for op, rows in BAD.items() for change, text in rows]
 
 

@@ -11,7 +11,15 @@ from torch.nn import functional as F
 
 from erq.quant import AffineParams, DualAffineParams, LogParams, WeightParams, dequantize, quantize
 from erq_kernels import reference
-from erq_kernels.formats import GemmOperands, center, code_offset, gemm_operands, pack
+from erq_kernels.formats import (
+    GemmOperands,
+    center,
+    code_offset,
+    gemm_operands,
+    order_packed,
+    pack,
+    repack,
+)
 
 Affine = Callable[..., AffineParams]
 
@@ -229,6 +237,30 @@ def test_codes_out(affine: Affine, per_column: bool, out_bits: int) -> None:
     y = gemm(x_codes, x, operands)
     expected = quantize(y.t().contiguous(), out).t() if per_column else quantize(y, out)
     assert torch.equal(got, stored(expected, out_bits))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("k", "outliers"), [(64, 0), (41, 0), (70, 3), (128, 32), (33, 32)])
+def test_a_packed_weight_gives_what_the_repacked_one_gives(
+    bits: int, k: int, outliers: int
+) -> None:
+    n = 5
+    packed = pack(torch.randint(0, 2**bits, (n, k)), bits)
+    columns = torch.randperm(k)[:outliers].sort().values if outliers else None
+    # Mostly zero points that no code has, so that padding cannot hold one.
+    zero_point = torch.randint(-3, 0, (n,), dtype=torch.int32).clamp(min=2**bits - 128)
+    zero_point2 = (zero_point + 2**bits + 1).clamp(max=128) if outliers else None
+    weight = repack(packed, bits, k, zero_point, zero_point2, columns)
+    scale, scale2, bias = torch.rand(3, n)
+    split = weight.shape[1] if columns is None else 32
+    x = torch.randint(-128, 128, (4, weight.shape[1]), dtype=torch.int8)
+    second = scale2 if outliers else None
+    got = reference.qlinear_packed(
+        x, order_packed(packed, bits, n, k, columns), bits, k, outliers,
+        zero_point if zero_point2 is None else zero_point2,
+        zero_point if outliers else None, scale, second, bias, "gelu",
+    )  # fmt: skip
+    assert torch.equal(got, reference.qlinear(x, weight, scale, second, split, bias, "gelu"))
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (3, 6), (8, 8)])

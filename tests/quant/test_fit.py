@@ -61,6 +61,33 @@ def test_tail_quantiles_equals_torch_quantile(n: int, percentiles: tuple[float, 
         torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "kind", ["normal", "sorted", "constant", "two values", "spikes between samples", "one spike"]
+)
+def test_tails_of_a_long_row_are_found_by_a_sample(kind: str) -> None:
+    n = 300_000
+    x = torch.randn(n)
+    if kind == "sorted":
+        x = x.sort().values
+    elif kind == "constant":
+        x = torch.full((n,), -0.25)
+    elif kind == "two values":
+        x = (torch.rand(n) > 0.9995).float()
+    elif kind == "spikes between samples":
+        x[50::101] += 30.0
+    elif kind == "one spike":
+        x[12345] = 1e6
+    percentiles = (0.999, 0.9999, 0.99999)
+    got = tail_quantiles(x[None], percentiles)
+    ordered = x.sort().values.double()
+    for p, hi, lo in zip(percentiles, *got, strict=True):
+        depth = (1.0 - p) * (n - 1)
+        i = int(depth)
+        for value, tail in ((hi, ordered.flip(0)), (lo, ordered)):
+            want = tail[i] + (depth - i) * (tail[i + 1] - tail[i])
+            torch.testing.assert_close(value[0].double(), want, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 @pytest.mark.parametrize("percentiles", [ACTIVATION_PERCENTILES, WEIGHT_PERCENTILES])
 def test_fit_rows_equals_a_search_row_by_row(bits: int, percentiles: tuple[float, ...]) -> None:

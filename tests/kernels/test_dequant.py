@@ -1,4 +1,4 @@
-"""The Triton dequantizing GEMM against the reference, in units of what its sums are made of."""
+"""Every backend's dequantizing GEMM against the reference, in units of what is summed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from erq_kernels import formats, ops, reference
+
+pytest.importorskip("triton")
+from erq_kernels._triton.launch import Launch
 
 # An op's arguments by name.
 Call = dict[str, Any]
@@ -49,7 +52,7 @@ def build(
 
 
 def run(call: Call) -> Tensor:
-    return ops.dequant_linear(**call, backend="triton")
+    return ops.dequant_linear(**call)
 
 
 def weight_of(call: Call) -> Tensor:
@@ -108,6 +111,32 @@ def test_every_dtype_and_number_of_rows(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_many_rows(dtype: torch.dtype, device: torch.device, poison: None) -> None:
     check(build(260, 130, 72, 4, device, dtype=dtype, outliers=9))
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Launches so far, which run as well."""
+    launches: list[Launch] = []
+    run_it = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (launches.append(self), run_it(self))[1])
+    return launches
+
+
+@pytest.mark.parametrize("m", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64])
+@pytest.mark.parametrize("k", [512, 515])  # whole words, and bytes
+def test_few_rows_share_their_columns(
+    m: int, k: int, triton_device: torch.device, poison: None, launched: list[Launch]
+) -> None:
+    check(build(m, 40, k, 4, triton_device, dtype=torch.float16, outliers=3))
+    product, addition = launched[:2]
+    parts = product.grid[1]
+    assert parts == product.constants["SPLIT"] == addition.constants["SPLIT"] > 2
+    assert product.args["out"].shape == (parts, m, 40)
+
+
+def test_many_rows_do_not(triton_device: torch.device, launched: list[Launch]) -> None:
+    check(build(65, 40, 512, 4, triton_device))
+    assert {launch.grid[1] for launch in launched} == {1}
 
 
 def test_a_long_split(device: torch.device, poison: None) -> None:
