@@ -33,11 +33,13 @@ __all__ = [
 
 
 def _adapters() -> tuple[ModelAdapter, ...]:
-    from erq.models.timm_swin import TimmSwin  # timm only when a model is at hand
+    from erq.models.timm_features import TimmFeatures  # timm only when a model is at hand
+    from erq.models.timm_swin import TimmSwin
     from erq.models.timm_vit import TimmVit
     from erq.models.torchvision_vit import TorchvisionVit
 
-    return (TimmVit(), TimmSwin(), TorchvisionVit())
+    timm = (TimmVit(), TimmSwin())
+    return (*timm, TimmFeatures(timm), TorchvisionVit())
 
 
 def adapter_for(model: nn.Module) -> ModelAdapter:

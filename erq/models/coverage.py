@@ -61,6 +61,13 @@ def _timm_swin(**changes: Any) -> nn.Module:
     return model
 
 
+def _features(make: Callable[[], nn.Module], indices: tuple[int, ...]) -> nn.Module:
+    from timm.models._features import FeatureGetterNet
+
+    getter: nn.Module = FeatureGetterNet(make(), out_indices=indices)
+    return getter
+
+
 def _torchvision_vit() -> nn.Module:
     from torchvision.models.vision_transformer import VisionTransformer
 
@@ -127,6 +134,18 @@ COVERED: tuple[Covered, ...] = (
         "a backbone: the pooled features",
         partial(_timm_vit, num_classes=0),
     ),
+    Covered(
+        "timm",
+        "vit_*, deit3_* with features_only=True",
+        "a list of feature maps",
+        partial(_features, _timm_vit, (0, 1)),
+    ),
+    Covered(
+        "timm",
+        "swin_* with features_only=True, feature_cls='getter'",
+        "a list of feature maps",
+        partial(_features, _timm_swin, (0, 1)),
+    ),
     Covered("timm", "swin_*, swin_s3_*", "shifted windows, patch merging", _timm_swin),
     Covered("timm", "swin_* at odd sizes", "padded windows", partial(_timm_swin, window_size=3)),
     Covered(
@@ -162,7 +181,7 @@ REFUSED: tuple[Refused, ...] = (
     ),
     Refused("timm", "vit_*_siglip_* (not gap)", "attention pooling"),
     Refused("timm", "beit*", "relative position bias with separate q and v biases"),
-    Refused("timm", "features_only=True", "use num_classes=0: intermediate maps are not carried"),
+    Refused("timm", "swin features_only=True", "timm takes it apart: add feature_cls='getter'"),
     Refused("timm", "hybrids, parallel and post-norm blocks", "their blocks are other ones"),
     Refused("transformers", "Dinov2ForImageClassification", "its head joins class token and mean"),
     Refused("any", "other models", "erq.swap_linears makes their linear layers weight-only"),

@@ -117,6 +117,7 @@ class TimmSwin:
             "mlp_hidden": [int(b.mlp.fc1.out_features) for b in first],
             "qkv_bias": first[0].attn.qkv.bias is not None,
             "patch_bias": embed.proj.bias is not None,
+            "final_norm": not isinstance(model.norm, nn.Identity),
             "norm_eps": float(first[0].norm1.eps),
         }
         with torch.device("meta"):
@@ -128,6 +129,7 @@ class TimmSwin:
         """A float model of `describe`'s architecture; see `ModelAdapter.build`."""
         k = dict(kwargs)
         dim, hidden, patch_bias = k["embed_dim"], k.pop("mlp_hidden"), k.pop("patch_bias")
+        final_norm = k.pop("final_norm")
         widths = [dim * 2**i for i in range(len(hidden))]
         model: Any = timm_swin.SwinTransformer(
             **k
@@ -142,6 +144,8 @@ class TimmSwin:
                 "norm_layer": partial(nn.LayerNorm, eps=k.pop("norm_eps")),
             }
         )
+        if not final_norm:
+            model.norm = nn.Identity()
         if not patch_bias:
             model.patch_embed.proj.register_parameter("bias", None)
         return model  # type: ignore[no-any-return]
@@ -167,7 +171,7 @@ def _check_structure(model: Any) -> None:
     require(model.patch_embed, (timm.layers.PatchEmbed,), "patch_embed")
     check_patches(model.patch_embed.proj, "patch_embed.proj")
     require(model.patch_embed.norm, _NORMS, "patch_embed.norm")
-    require(model.norm, _NORMS, "norm")
+    require(model.norm, (*_NORMS, nn.Identity), "norm")
     require(model.head, (timm.layers.ClassifierHead,), "head")
     require(model.head.fc, (nn.Linear, nn.Identity), "head.fc")
     for i, stage in enumerate(model.layers):

@@ -118,6 +118,33 @@ def test_what_cannot_be_fused_runs_and_says_why(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("size", [(16, 16), (20, 28)])
+def test_a_swin_block_is_nine_kernels(
+    size: tuple[int, int], tiny_swin: Callable[..., Any], record: list[str]
+) -> None:
+    sim: Any = erq.quantize(tiny_swin(img_size=size), torch.randn(4, 3, *size), {"refine": "off"})
+    net: Any = erq.deploy(sim, backend="reference")
+    x = torch.randn(2, 3, *size)
+    record.clear()
+    y = net(x)
+    merging = ["quantize", GEMM]
+    assert record == ["dequant_linear", *SEVEN * 2, *merging, *SEVEN * 2, "quantize", GEMM]
+    assert torch.equal(y, sim(x))
+    nine = [LAYER_NORM, "gather", GEMM, ATTENTION, "gather", *SEVEN[3:]]
+    assert [op for op, _ in net.layers[1].blocks[1].kernels()] == nine
+    assert "rows of codes are gathered into windows and back" in erq.summary(net)
+
+
+@torch.no_grad()
+def test_a_deployed_swin_is_one_graph(tiny_swin: Callable[..., Any]) -> None:
+    model = tiny_swin(img_size=(20, 28))
+    net: Any = erq.deploy(erq.quantize(model, torch.randn(4, 3, 20, 28)), backend="reference")
+    x = torch.randn(2, 3, 20, 28)
+    assert torch.equal(torch.compile(net, fullgraph=True, backend="eager")(x), net(x))
+    assert torch.equal(torch.export.export(net, (x,)).module()(x), net(x))
+
+
+@torch.no_grad()
 def test_blocks_without_a_half_on_codes_stay_as_they_were(tiny_vit: Build) -> None:
     sim, net = deployed(tiny_vit(), a_bits=16)
     assert not any(isinstance(m, QuantBlock) for m in net.modules())
