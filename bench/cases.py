@@ -31,6 +31,7 @@ class Task:
     Args:
         name: what tables call it. model: fp32, eval.
         calib: float [N, 3, H, W], normalised images to calibrate on. test, labels: to measure on.
+        mean, std: of the normalisation, per channel.
     """
 
     name: str
@@ -38,6 +39,8 @@ class Task:
     calib: Tensor
     test: Tensor
     labels: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def draw(self, count: int, seed: int) -> Tensor:
         """`count` calibration images, the seed's choice."""
@@ -72,6 +75,8 @@ def real_task(folder: Path = REAL) -> Task:
         images("calib_images"),
         images("test_images"),
         labels,
+        mean,
+        std,
     )
 
 

@@ -81,7 +81,8 @@ class Report:
 
     Args:
         name, arch: the case, and the compute capability.
-        registers: of a thread. spill_bytes: of a thread's stack. shared_bytes: of a program.
+        registers: of a thread. spill_bytes: of a thread's stack, if it reads from it.
+        shared_bytes: of a program.
         programs: that fit a multiprocessor at a time.
         mma: tensor-core instructions by name. mma_in_loop: those in the busiest loop over K.
         loop_instructions: length of that loop. per_mma: instructions of it per tensor-core one.
@@ -264,7 +265,10 @@ def examine(case: StaticCase, arch: int) -> Report:
     resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if resources is None:
         raise RuntimeError(f"cuobjdump -res-usage no longer prints REG and STACK: {usage}")
-    report.registers, report.spill_bytes = map(int, resources.groups())
+    report.registers, stack = map(int, resources.groups())
+    # What is never read back is no spill: Triton 3.6 leaves tokens of barriers there, for sm_120.
+    if any(i.opcode.startswith("LDL") for i in instructions):
+        report.spill_bytes = stack
     report.shared_bytes = kernel.metadata.shared
     report.programs = count_programs(
         arch,

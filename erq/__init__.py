@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # `as` makes the names part of the typed surface
     from erq.deployment.network import swap_linears as swap_linears
     from erq.evaluation import Evaluation as Evaluation
     from erq.evaluation import evaluate as evaluate
+    from erq.evaluation import site_sqnr as site_sqnr
     from erq.graphs import CudaGraphs as CudaGraphs
     from erq.models import UnsupportedModelError as UnsupportedModelError
     from erq.pipeline import quantize as quantize
@@ -49,6 +50,7 @@ _PUBLIC = {
     "load": "erq.deployment.checkpoint",
     "quantize": "erq.pipeline",
     "save": "erq.deployment.checkpoint",
+    "site_sqnr": "erq.evaluation",
     "summary": "erq.deployment.network",
     "swap_linears": "erq.deployment.network",
 }

@@ -1,4 +1,5 @@
-"""The command line: `erq demo | quantize | eval | bench | inspect | predict | info`.
+"""The command line: `erq demo | quantize | eval | report | bench | inspect | predict | models |
+info`.
 
 Exit codes: 0 success, 2 bad usage, 1 failure, 130 interrupted. What goes wrong is one line on
 stderr; `--debug` adds the traceback. What imports torch is imported by the commands that need it.
@@ -36,12 +37,15 @@ from erq.options import (
     as_timm_options,
     check_backend_name,
     check_folder,
+    quantize_command,
 )
 
 if TYPE_CHECKING:
     from erq.data import ImageSource, Preprocessing
 
 INTERRUPTED = 130
+SITE_IMAGES = 32
+"""Images on which the layers are compared one by one."""
 
 
 class _Commands(TyperGroup):
@@ -138,6 +142,12 @@ def quantize(
     random_weights: RandomWeights = False,
     model_arg: ModelArgs = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Calibration images to draw.")] = 32,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(
+            min=2, max=8, help="Average weight width: chosen per layer by measured errors."
+        ),
+    ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option(
@@ -166,7 +176,7 @@ def quantize(
     from erq.deployment.convert import deploy
     from erq.inputs import preprocessing
     from erq.loading import load_model
-    from erq.report import Output, megabytes
+    from erq.report import Output, bits_table, megabytes
 
     output = Output(json, quiet)
     source = open_images(images)
@@ -174,8 +184,16 @@ def quantize(
     if hasattr(full, "erq_info"):
         raise ValueError(f"{model} is quantized already; name the full-precision model")
     chosen = source.batches(preprocessing(full), source.draw(n, settings.seed))
-    sim = pipeline.quantize(full, chosen, settings, progress=not quiet)
-    net = deploy(sim, backend)
+    sim: Any = pipeline.quantize(
+        full, chosen, settings, target_bits=target_bits, progress=not quiet
+    )
+    net: Any = deploy(sim, backend)
+    command = quantize_command(
+        model, images, bits, n, target_bits, weights, random_weights, model_arg, changes, method,
+        paper, seed,
+    )  # fmt: skip
+    origin = net.erq_info.calibration | {"command": command}
+    net.erq_info = replace(net.erq_info, calibration=origin)
     checkpoint.save(net, out)
 
     header, size = checkpoint.inspect(out), out.stat().st_size
@@ -184,14 +202,22 @@ def quantize(
         "file": out, "size_bytes": size, "fp32_bytes": fp32, "fp16_bytes": fp32 // 2,
         "architecture": header["architecture"], "config": header["config"],
         "calibration": header["calibration"], "sites": len(header["sites"]),
-        "seconds": time.perf_counter() - start,
+        "bits": [s.to_dict() for s in sim.erq_bits], "seconds": time.perf_counter() - start,
     }  # fmt: skip
+    width = f"{settings.w_bits}" if target_bits is None else f"{target_bits:g} on average, "
     said = (
-        f"{out}: {megabytes(size)}, {fp32 / size:.1f}× smaller than fp32 · W{settings.w_bits}"
+        f"{out}: {megabytes(size)}, {fp32 / size:.1f}× smaller than fp32 · W{width}"
         f"A{settings.a_bits} {settings.method} · {len(header['sites'])} sites · "
         f"{header['calibration']['n']} images · {result['seconds']:.1f} s"
     )
-    output.result(result, *([] if quiet else [said]))
+    if quiet:
+        output.result(result)
+    elif sim.erq_bits:
+        output.result(result, bits_table(sim.erq_bits), said)
+    else:
+        output.result(result, said)
+    if images == "synthetic":
+        output.note("calibrated on noise: expect more loss than from 32 real images of the task")
     if source.size < n:
         output.note(f"{images} holds {source.size} images, fewer than --n {n}: all were used")
 
@@ -205,6 +231,13 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="A fixed random choice of that many images.")
+    ] = None,
+    sites: Annotated[
+        bool | None,
+        typer.Option(
+            "--sites/--no-sites",
+            help="SQNR of every layer against the reference; by default without labels.",
+        ),
     ] = None,
     weights: Weights = None,
     random_weights: RandomWeights = False,
@@ -227,7 +260,7 @@ def evaluate(
     from erq.data import open_images
     from erq.inputs import preprocessing
     from erq.loading import load_model
-    from erq.report import Output, evaluation_table
+    from erq.report import Output, evaluation_table, site_table
     from erq.timing import kernels
 
     output = Output(json, quiet)
@@ -243,19 +276,101 @@ def evaluate(
         indices = sorted(source.draw(limit, seed=0))
     shown = _with_bar(source, preprocessing(net), indices, not quiet)
     found = evaluation.evaluate(net, shown, reference=other)
+    quality: dict[str, float] = {}
+    wanted = source.labels is None if sites is None else sites
+    if wanted and other is not None and hasattr(net, "erq_info"):
+        first = source.batches(preprocessing(net), indices[:SITE_IMAGES])
+        quality = evaluation.site_sqnr(net, first, other)
+    elif sites:
+        raise ValueError("--sites compares a packed FILE with --reference MODEL; give both")
     result = {
         "model": model, "images": images, "reference": reference, "device": str(where),
         "kernel": ", ".join(kernels(net)) or "torch", "evaluation": found.to_dict(),
-        "seconds": time.perf_counter() - start,
+        "sites": quality, "seconds": time.perf_counter() - start,
     }  # fmt: skip
     title = f"{images} · kernel {result['kernel']}"
-    output.result(result, evaluation_table(title, model, found))
+    tables = [evaluation_table(title, model, found)]
+    if quality:
+        tables.append(site_table(quality, min(len(indices), SITE_IMAGES)))
+    output.result(result, *tables)
     classes = int(getattr(net, "num_classes", 0))
     if source.classes and len(source.classes) != classes:
         output.note(
             f"{images} has {len(source.classes)} class folders, {model} has {classes} classes: "
             "folders are numbered from 0 in the order of their names"
         )
+
+
+@app.command()
+def report(
+    file: Annotated[Path, typer.Argument(metavar="FILE")],
+    images: Annotated[
+        str | None, typer.Option(metavar="SRC", help="Images to measure accuracy on; see eval.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Full-precision model to compare with.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="OUT.html and OUT.md are written; default: beside FILE.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many of the images.")] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes to time; 0 for none.")] = "1,8",
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time budget per row.")] = 2.0,
+    weights: Weights = None,
+    random_weights: RandomWeights = False,
+    model_arg: ModelArgs = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """One HTML page and one Markdown file about a packed FILE, with everything measured of it."""
+    sizes = [] if batch == "0" else as_batch_sizes(batch)
+    options = as_timm_options([reference or str(file)], weights, random_weights, model_arg)
+    check_backend_name(backend)
+    where = as_device(device)
+    stem = file.with_suffix("") if out is None else out
+    check_folder(stem.with_name(f"{stem.name}.html"))
+    if reference is not None and images is None:
+        raise typer.BadParameter("needs --images to compare on", param_hint="--reference")
+    from erq.data import open_images
+    from erq.evaluation import evaluate as measure
+    from erq.evaluation import site_sqnr
+    from erq.inputs import preprocessing
+    from erq.loading import full_precision_twin, load_model
+    from erq.page import sections, write_page
+    from erq.report import Output, describe_checkpoint
+    from erq.timing import benchmark
+
+    header = describe_checkpoint(file)
+    net = load_model(str(file), None, where, backend)
+    other = None if reference is None else load_model(reference, options, where)
+    found, quality = None, {}
+    if images is not None:
+        source = open_images(images)
+        if source.labels is None and other is None:
+            raise ValueError(f"{images} has no labels: give --reference MODEL to compare with")
+        indices = list(range(source.size))
+        if limit is not None:
+            indices = sorted(source.draw(limit, seed=0))
+        recipe = preprocessing(net)
+        found = measure(net, _with_bar(source, recipe, indices, not quiet), reference=other)
+        if other is not None:
+            quality = site_sqnr(net, source.batches(recipe, indices[:SITE_IMAGES]), other)
+    twin = full_precision_twin(net).to(where)
+    timings = []
+    if sizes:
+        timings = benchmark(twin, sizes, seconds=seconds, name="torch fp32")
+        timings += benchmark(net, sizes, seconds=seconds, name=file.name)
+    fp32 = 4 * sum(t.numel() for t in twin.state_dict().values())
+    parts = sections(header, fp32, found, quality, timings)
+    pages = write_page(stem, file.name, parts)
+    result = {
+        "pages": list(pages), "evaluation": None if found is None else found.to_dict(),
+        "sites": quality, "timings": [t.to_dict() for t in timings],
+    }  # fmt: skip
+    Output(json, quiet).result(result, *([] if quiet else [f"{pages[0]}\n{pages[1]}"]))
 
 
 @app.command()
@@ -354,6 +469,26 @@ def predict(
     ]
     found = [{"image": path, "top": top} for path, top in zip(pictures, tops, strict=True)]
     Output(json, quiet).result({"predictions": found}, *tables)
+
+
+@app.command()
+def models(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Which models are covered, and which are refused by name."""
+    from dataclasses import asdict
+
+    from erq.models.coverage import COVERED, REFUSED
+    from erq.report import Output, make_table
+
+    covered = [(c.library, c.names, c.what) for c in COVERED]
+    refused = [asdict(r) for r in REFUSED]
+    names = [tuple(r.values()) for r in refused]
+    columns = ("library", "names", "what")
+    values = {"covered": [dict(zip(columns, c, strict=True)) for c in covered], "refused": refused}
+    Output(json, quiet).result(
+        values,
+        make_table("Covered: quantized, deployed and reloaded alike", columns, covered, left=3),
+        make_table("Refused by name", ("library", "names", "why"), names, left=3),
+    )
 
 
 @app.command()

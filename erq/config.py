@@ -42,6 +42,8 @@ class QuantConfig:
         upstream: what feeds a site during calibration: `quantized`, the network as quantized so
             far, or `float`, as published: every layer alone on the full-precision network.
         refine: rounding refinement: `greedy` best flips, `official` rule, `off`.
+        image_bits: bits of the pixels that enter the patch embedding, 2..8, or 16: they stay float,
+            as published.
         attention: `quantized` (q, k, softmax and v as in the paper) or `float`.
         ridge_act, ridge_weight: λ of Aqer and of Wqer, >= 0.
         ridge_scale: `relative`: λ times the mean squared length of an input row; `sum`: λ itself,
@@ -65,6 +67,7 @@ class QuantConfig:
     reparameterize_merging: bool = True
     upstream: Literal["quantized", "float"] = "quantized"
     refine: Literal["greedy", "official", "off"] = "greedy"
+    image_bits: int = FLOAT_BITS
     attention: Literal["quantized", "float"] = "quantized"
     ridge_act: float = 1.0
     ridge_weight: float = 1.0
@@ -76,6 +79,7 @@ class QuantConfig:
     def __post_init__(self) -> None:
         _check_bits(self.w_bits, "w_bits", float_allowed=False)
         _check_bits(self.a_bits, "a_bits", float_allowed=True)
+        _check_bits(self.image_bits, "image_bits", float_allowed=True)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(

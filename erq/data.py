@@ -214,6 +214,61 @@ class ImageSource:
             yield torch.stack(images), labels
 
 
+@dataclass(frozen=True)
+class SyntheticSource(ImageSource):
+    """Noise shaped to whatever input a model takes, for calibration without data."""
+
+    def draw(self, n: int, seed: int) -> list[int]:
+        """Names of `n` images: the number of its noise for each."""
+        return [seed * self.size + i for i in range(n)]
+
+    def batches(
+        self, preprocessing: Preprocessing, indices: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """(float [≤ BATCH_IMAGES, C, H, W], None) of these images."""
+        chosen = range(self.size) if indices is None else indices
+        for start in range(0, len(chosen), BATCH_IMAGES):
+            yield synthetic_images(preprocessing, chosen[start : start + BATCH_IMAGES]), None
+
+
+_SYNTHETIC_SIZE = 1 << 16
+# Share of the variance that the channels of a natural picture have in common, roughly.
+_GRAY_SHARE = 0.9
+
+
+def synthetic_images(preprocessing: Preprocessing, indices: Sequence[int]) -> Tensor:
+    """Noise with the input statistics of a model, which its data config states, and no data.
+
+    A data config's mean and std are those of the pixels that the model was trained on, so
+    normalised images have mean 0 and variance 1; like natural pictures they have an amplitude
+    spectrum of 1/f and channels that go together, and no pixel leaves 0..1.
+
+    Args:
+        indices: the number of each image; the same number is the same image.
+
+    Returns:
+        fp32 [N, C, H, W], normalised.
+    """
+    channels, height, width = preprocessing.shape
+    f = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None, :])
+    amplitude = 1.0 / f.clamp(min=1.0 / max(height, width))
+    images = []
+    for index in indices:
+        rng = torch.Generator().manual_seed(index)
+        noise = torch.randn(channels + 1, height, width, generator=rng)
+        noise = _GRAY_SHARE**0.5 * noise[:1] + (1 - _GRAY_SHARE) ** 0.5 * noise[1:]
+        image = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude, s=(height, width))
+        images.append(image)
+    # In expectation, not image by image: pictures differ in brightness and contrast.
+    weights = torch.full_like(f, 2.0)
+    weights[:, 0] = 1.0
+    if width % 2 == 0:
+        weights[:, -1] = 1.0
+    variance = (amplitude.square() * weights).sum() / (height * width)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
+    return (torch.stack(images) / variance.sqrt()).clamp((0.0 - mean) / std, (1.0 - mean) / std)
+
+
 def open_images(src: str) -> ImageSource:
     """The images behind `src`.
 
@@ -221,11 +276,14 @@ def open_images(src: str) -> ImageSource:
     order of their names, as timm does (2 before 10). A `.npz` or `.safetensors` file with `images`
     (uint8 [N, H, W, C] or gray [N, H, W]; or float [N, C, H, W], already normalised) and maybe
     `labels` [N]; `FILE:calib_images` takes that array, with `calib_labels`. `demo` is the shipped
-    file. A `.npz` array is held in memory as it is stored; everything else is read as needed.
+    file; `synthetic` is noise of the model's input statistics, for calibration without any data. A
+    `.npz` array is held in memory as it is stored; everything else is read as needed.
 
     Raises:
         ValueError: what is wrong with the source, and what would be right.
     """
+    if src == "synthetic" and not Path(src).exists():
+        return SyntheticSource(src, _SYNTHETIC_SIZE, _no_picture)
     path, array = _locate(src)
     if path.is_dir():
         return _open_folder(src, path)
@@ -236,6 +294,12 @@ def open_images(src: str) -> ImageSource:
     raise ValueError(
         f"{path}: a source of images is a folder, a .npz or a .safetensors file, not a "
         f"{path.suffix or 'bare'} file"
+    )
+
+
+def _no_picture(index: int) -> Image.Image | Tensor:
+    raise ValueError(
+        f"synthetic image {index} has no size of its own: batches() makes it for a model"
     )
 
 

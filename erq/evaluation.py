@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from erq.data import Images, check_images
 from erq.data import batches as iterate
+from erq.deployment.blocks import module_by_module
 from erq.inputs import class_names, image_shape, inference, placement
+from erq.models import carry_over, prepared_twin
+
+_SITE_IMAGES = 8
+"""Images whose outputs of all layers are held at once."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,83 @@ def evaluate(net: nn.Module, batches: Images, reference: nn.Module | None = None
     if sums.labelled not in (0, sums.n):
         raise ValueError(f"only {sums.labelled} of {sums.n} images have labels: give all or none")
     return _result(sums, reference is not None)
+
+
+def site_sqnr(net: nn.Module, batches: Images, reference: nn.Module) -> dict[str, float]:
+    """How close every layer of a quantized network comes to full precision; no labels needed.
+
+    Both networks see the same images, so a layer's figure counts what all layers before it lost as
+    well. The output of linear layers and of attention is compared; scores are never in memory.
+
+    Args:
+        net: a simulated or deployed network. batches: as for `evaluate`; labels are ignored.
+        reference: the full-precision network that it was made from.
+
+    Returns:
+        Site → 10 log₁₀ of the reference's energy over that of the difference, in dB, in forward
+        order; attention under its `av` site.
+
+    Raises:
+        ValueError: networks that are not a quantized one and its origin, or no images.
+    """
+    info = getattr(net, "erq_info", None)
+    if info is None or hasattr(reference, "erq_info"):
+        raise ValueError(
+            "site_sqnr compares a network that erq.quantize, deploy or load gave with the "
+            "full-precision network that it was made from"
+        )
+    twin = prepared_twin(carry_over(reference))
+    names = [s.name for s in info.sites if s.kind in ("linear", "conv")]
+    attention = {
+        s.name.removesuffix("av") + "proj": s.name for s in info.sites if s.kind[-2:] == "av"
+    }
+    sums: dict[str, list[float]] = {s.name: [0.0, 0.0] for s in info.sites if s.kind[-2:] != "qk"}
+    with inference(net), module_by_module(net), torch.inference_mode():
+        for x, _ in _items(batches):
+            for part in _checked(x, net).split(_SITE_IMAGES):
+                want = _site_outputs(twin, part, names, attention)
+                for name, value in _site_outputs(net, part, names, attention).items():
+                    full = want[name]
+                    if full.shape != value.shape:
+                        raise ValueError(
+                            f"{name} gives {list(value.shape)}, the reference {list(full.shape)}: "
+                            "it is another network"
+                        )
+                    sums[name][0] += float(full.square().sum(dtype=torch.float64))
+                    sums[name][1] += float((full - value).square().sum(dtype=torch.float64))
+    if not any(signal for signal, _ in sums.values()):
+        raise ValueError("no images to evaluate")
+    return {
+        name: math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+        for name, (signal, noise) in sums.items()
+    }
+
+
+def _site_outputs(
+    net: nn.Module, images: Tensor, names: list[str], attention: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """fp32 outputs, on the CPU, of the layers `names` and of the attention before each `proj`."""
+    found: dict[str, Tensor] = {}
+    hooks = []
+
+    def keep(name: str, value: Tensor) -> None:
+        found[name] = value.float().cpu()
+
+    try:
+        for name in names:
+            module = net.get_submodule(name)
+            hooks.append(module.register_forward_hook(lambda _, __, y, n=name: keep(n, y)))
+        for proj, site in attention.items():
+            module = net.get_submodule(proj)
+            hooks.append(module.register_forward_pre_hook(lambda _, a, n=site: keep(n, a[0])))
+        device, dtype = placement(net)
+        net(images.to(device, dtype))
+    except AttributeError as error:
+        raise ValueError(f"the reference is another network: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def likeliest(net: nn.Module, batches: Images, count: int = 5) -> list[list[dict[str, Any]]]:

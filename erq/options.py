@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,7 +41,8 @@ Source = Annotated[
     typer.Option(
         metavar="SRC",
         help="Folder of images (sub-folders are classes), or .npz / .safetensors with `images` and "
-        "maybe `labels`; FILE:NAME takes another array; demo is the shipped one.",
+        "maybe `labels`; FILE:NAME takes another array; demo is the shipped one, synthetic noise "
+        "for calibration without data.",
     ),
 ]
 Weights = Annotated[
@@ -180,3 +182,31 @@ def as_batch_sizes(text: str) -> list[int]:
             f"{text!r} is no list of sizes >= 1, such as 1,8", param_hint="--batch"
         )
     return sizes
+
+
+def quantize_command(
+    model: str,
+    images: str,
+    bits: str,
+    n: int,
+    target_bits: float | None,
+    weights: Path | None,
+    random_weights: bool,
+    model_args: list[str] | None,
+    changes: list[str] | None,
+    method: str | None,
+    paper: bool,
+    seed: int | None,
+) -> str:
+    """The command line that these options of `erq quantize` come from, but for its --out."""
+    words = ["erq", "quantize", model, "--images", images, "--bits", bits, "--n", str(n)]
+    single = {
+        "--target-bits": target_bits, "--weights": weights, "--method": method, "--seed": seed,
+    }  # fmt: skip
+    for option, value in single.items():
+        words += [] if value is None else [option, str(value)]
+    for option, values in (("--model-arg", model_args), ("--set", changes)):
+        for value in values or []:
+            words += [option, value]
+    words += ["--random-weights"] * random_weights + ["--paper"] * paper
+    return shlex.join(words)

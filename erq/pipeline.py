@@ -10,12 +10,12 @@ and solved on the full-precision stream alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import partial
-from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -29,10 +29,11 @@ from erq.calib.reparam import Fold
 from erq.calib.simulate import SimConv2d, SimLinear
 from erq.config import QuantConfig, as_config
 from erq.data import Images, calibration_chunks
-from erq.models import Block, ModelAdapter, Site, adapter_for
+from erq.models import Block, ModelAdapter, Site, adapter_for, carry_over, prepared_twin
 from erq.models.info import QuantizedModelInfo
 from erq.models.patches import patches
 from erq.progress import Progress
+from erq.reduce.allocation import WIDTHS, SiteBits, allocate
 from erq.reduce.gram import Gram
 from erq.reduce.site import SiteReport, solve_site
 
@@ -46,6 +47,7 @@ class _Calibration:
     sim: nn.Module
     full: nn.Module
     folds: dict[str, Fold] = field(default_factory=dict)
+    widths: Sequence[int] = ()
     reports: list[SiteReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -82,7 +84,6 @@ class _Calibration:
         assert isinstance(module, SimLinear | SimConv2d)
         fold = self.folds.get(site.norm) if site.norm is not None else None
         conv = module if isinstance(module, SimConv2d) else None
-        params = module.x_params if isinstance(module, SimLinear) else None
         gram = Gram(module.weight.shape[1], module.weight.device)
         batch_rows = False
         reference_site = self.full.get_submodule(site.name)
@@ -101,10 +102,11 @@ class _Calibration:
                     x = fold.apply(x)
                 elif fold is not None and upstream is not None:
                     upstream = fold.apply(upstream)
-                gram.add(x, upstream, params)
+                gram.add(x, upstream, module.x_params)
         with self.stage("solve"):
             own_config = self.config.for_site(site.name)
-            self.reports.append(solve_site(site, module, gram, own_config, batch_rows))
+            report = solve_site(site, module, gram, own_config, batch_rows, self.widths)
+        self.reports.append(report)
 
 
 def quantize(
@@ -112,32 +114,44 @@ def quantize(
     images: Images,
     config: QuantConfig | str | Mapping[str, Any] = "w4a4",
     *,
+    target_bits: float | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Quantize a Vision Transformer by ERQ from a few unlabelled images.
 
     Args:
-        model: a timm model that `erq.models` understands; it is not changed.
+        model: a timm, torchvision or transformers model that `erq.models` understands; it is not
+            changed. What a transformers model gives is called with pixels alone and returns logits.
         images: float [N, 3, H, W], already normalised, or an iterable of such batches or of
             (batch, label); 32 images are usual, labels are ignored.
         config: a QuantConfig, a preset's name, or a dict of fields.
+        target_bits: average width of a weight, 2..8: widths are chosen per layer, by the errors
+            that a first run with `config` measures; a second run then quantizes. Layers whose width
+            `config.overrides` sets keep it and do not count.
         progress: a bar per stage on a terminal, nothing elsewhere.
 
     Returns:
         The simulated model, called like `model`; `erq_report` holds the error of every site before
         and after each step, `erq_stages` the seconds spent on ranges, Gram matrices, solving and
-        moving the streams.
+        moving the streams, `erq_bits` why each layer has its width (empty without target_bits).
 
     Raises:
         ValueError: bad images or settings. UnsupportedModelError: a model that is not understood.
     """
     settings = as_config(config)
+    model = carry_over(model)
     adapter = adapter_for(model)
     arch_kwargs = adapter.describe(model)
     device = next(model.parameters()).device
     chunks = calibration_chunks(images, adapter.input_shape(model), device)
     calibration = {"n": sum(len(c) for c in chunks), "sha256": _digest(chunks)}
 
+    chosen: list[SiteBits] = []
+    if target_bits is not None:
+        chosen = _choose_bits(model, adapter, settings, chunks, target_bits, progress)
+        given = settings.overrides
+        widths = {s.name: {**given.get(s.name, {}), "w_bits": s.w_bits} for s in chosen}
+        settings = replace(settings, overrides={**given, **widths})
     sim: Any = deepcopy(model).float().eval()
     blocks = insert_simulated(sim, adapter, settings)
     full = _full_precision(model, adapter)
@@ -155,8 +169,35 @@ def quantize(
     )
     sim.erq_report = state.reports
     sim.erq_stages = state.seconds
+    sim.erq_bits = chosen
     simulated: nn.Module = sim
     return simulated
+
+
+def _choose_bits(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    config: QuantConfig,
+    chunks: list[torch.Tensor],
+    target_bits: float,
+    progress: bool,
+) -> list[SiteBits]:
+    """Widths by the errors of one run with `config`."""
+    if isinstance(target_bits, bool) or not isinstance(target_bits, int | float):
+        raise ValueError(f"target_bits must be a number from 2 to 8, got {target_bits!r}")
+    allocate([], {}, target_bits)  # refuses a target out of range before minutes of work
+    sim = deepcopy(model).float().eval()
+    blocks = insert_simulated(sim, adapter, config)
+    with torch.no_grad(), _full_fp32():
+        full = _full_precision(model, adapter)
+        _check_size(adapter, full, chunks[0][:1])
+        state = _run(adapter, config, sim, full, blocks, chunks, progress, WIDTHS)
+    fixed = [glob for glob, values in config.overrides.items() if "w_bits" in values]
+    free = [r for r in state.reports if not any(fnmatchcase(r.name, glob) for glob in fixed)]
+    if not free:
+        raise ValueError("target_bits finds no layer to decide on: overrides set all their widths")
+    modules: Any = {r.name: sim.get_submodule(r.name) for r in free}
+    return allocate(free, {n: m.weight.numel() for n, m in modules.items()}, target_bits)
 
 
 def _run(
@@ -167,8 +208,9 @@ def _run(
     blocks: list[Block],
     chunks: list[torch.Tensor],
     progress: bool,
+    widths: Sequence[int] = (),
 ) -> _Calibration:
-    state = _Calibration(adapter, config, sim, full)
+    state = _Calibration(adapter, config, sim, full, widths=widths)
     stream, full_stream = Stream(list(chunks)), Stream(list(chunks))
     sequential = config.upstream == "quantized"
     if not sequential:
@@ -203,11 +245,7 @@ def _full_precision(model: nn.Module, adapter: ModelAdapter) -> nn.Module:
     )
     if plain and adapter.raw_sites:
         return model
-    shared = {id(t): t for t in chain(model.parameters(), model.buffers())} if plain else {}
-    full = deepcopy(model, shared).float().eval()
-    if not adapter.raw_sites:
-        adapter.prepare(full)
-    return full
+    return deepcopy(model).float().eval() if adapter.raw_sites else prepared_twin(model)
 
 
 def _check_size(adapter: ModelAdapter, model: nn.Module, image: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from erq.evaluation import Evaluation
+from erq.reduce.allocation import SiteBits, average_bits
 from erq.timing import Timing
 
 _WIDE = 200
@@ -78,6 +79,27 @@ def make_table(
     return table
 
 
+def bits_table(sites: Sequence[SiteBits]) -> Table:
+    """Why every layer has its width, as `quantize(target_bits=...)` found."""
+    widths = sorted({w for s in sites for w in s.errors})
+    columns = ("layer", "weights", "bits", *(f"W{w}" for w in widths), "act", "gain", "next")
+    rows = [
+        (
+            s.name, f"{s.weights:,}", str(s.w_bits),
+            *(f"{s.errors[w]:.1e}" for w in widths), f"{s.floor:.1e}",
+            "–" if s.gain is None else f"{s.gain:.1e}",
+            "–" if s.next_gain is None else f"{s.next_gain:.1e}",
+        )
+        for s in sites
+    ]  # fmt: skip
+    title = (
+        f"Bits per layer, {average_bits(sites):.2f} on average; W2 … W8: squared output error from "
+        "the weights at that width; act: from activations at any width; gain: error saved per "
+        "million bits by the last step taken, next: by the first one not taken"
+    )
+    return make_table(title, columns, rows)
+
+
 def megabytes(size: int) -> str:
     """A size in bytes for people."""
     return f"{size / 1e6:.2f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
@@ -98,6 +120,13 @@ def evaluation_table(title: str, name: str, e: Evaluation) -> Table:
         number(e.agreement), number(e.kl, 4), number(e.sqnr_db, 1),
     )  # fmt: skip
     return make_table(title, columns, [row])
+
+
+def site_table(quality: Mapping[str, float], images: int) -> Table:
+    """Closeness of every layer to full precision, as `site_sqnr` found it."""
+    rows = [(name, number(db, 1)) for name, db in quality.items()]
+    title = f"Output of every layer against full precision, {images} images"
+    return make_table(title, ("layer", "SQNR dB"), rows)
 
 
 def timing_table(title: str, timings: Sequence[Timing]) -> Table:

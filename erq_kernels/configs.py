@@ -3,8 +3,7 @@
 The heuristic rests on what the compiler says about each configuration (`bench/static.py`:
 registers, shared memory, programs per multiprocessor), not on timings. A table
 `tuned/<device>.json`, written by `bench/tune.py`, holds the winners among configurations whose
-results were right on that device, and is the only thing that may choose another kernel than
-"pointers":
+results were right on that device, and is the only thing that may choose the kernel "gluon":
 
     {"version": 1, "device": "NVIDIA H200", "triton": "3.6.0", "date": "2026-11-24",
      "qlinear": [{"m": 50432, "n": 1152, "k": 384, "dual": true, "config": {"block_m": 128, …},
@@ -115,20 +114,21 @@ _MULTIPROCESSORS = {
 # bench/static.py finds room for on a multiprocessor.
 #
 # wgmma takes 64 rows and keeps accumulators in registers. Triton does not make it asynchronous for
-# int32, so two or three programs per multiprocessor have to hide one another's waits and epilogues.
+# int32, so two or three programs per multiprocessor have to hide one another's waits and epilogues;
+# tiles read through descriptors leave the registers and the issue slots for that.
 _WGMMA = (
     # The limit makes room for a second program. The richest epilogue (residual, LayerScale, codes
     # by column) pays with 24 bytes of spill under Triton 3.6, the others with nothing.
-    GemmConfig(128, 128, 128, num_warps=8, max_registers=128),  # 2
-    GemmConfig(64, 128, 128),  # 3
-    GemmConfig(128, 64, 128),  # 3
-    GemmConfig(64, 64, 128),  # 4
+    GemmConfig(128, 128, 128, num_warps=8, max_registers=128, kernel="tma"),  # 2
+    GemmConfig(64, 128, 128, kernel="tma"),  # 3
+    GemmConfig(128, 64, 128, kernel="tma"),  # 3
+    GemmConfig(64, 64, 128, kernel="tma"),  # 4
 )
 # A second segment brings accumulators of its own: of 128×128 only one program would fit. A limit
 # that lets three of 64×128 in makes most epilogues spill.
 _WGMMA_DUAL = (
-    GemmConfig(64, 128, 128),  # 2 or 3
-    GemmConfig(64, 64, 128),  # 4
+    GemmConfig(64, 128, 128, kernel="tma"),  # 3
+    GemmConfig(64, 64, 128, kernel="tma"),  # 4
 )
 # tcgen05 keeps accumulators in tensor memory; those of two segments meet in registers, in the
 # epilogue.
@@ -146,7 +146,7 @@ _MMA_SYNC = (
     GemmConfig(64, 64, 128, dots=2),
 )
 _FEW_ROWS = (
-    GemmConfig(32, 64, 128, dots=2),
+    GemmConfig(32, 64, 128, dots=2, max_registers=128),  # without, sm_86 spills under Triton 3.6
     GemmConfig(16, 32, 128, num_warps=2, dots=2),
 )
 

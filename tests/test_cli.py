@@ -136,6 +136,28 @@ def test_quantize_takes_other_methods(place: Workplace, tmp_path: Path, method: 
     assert erq.inspect(out)["config"]["method"] == method
 
 
+def test_quantize_to_an_average_width_says_why(place: Workplace, tmp_path: Path) -> None:
+    out = tmp_path / "q.safetensors"
+    args = ("quantize", *RANDOM, "--images", place.npz, "--n", "4", "--out", out)
+    done = succeed(*args, "--target-bits", "4.5")
+    assert "4.5 on average" in done.out and "gain" in done.out
+    assert "blocks.0.attn.qkv" in done.out
+    result = succeed(*args, "--target-bits", "4.5", "--json").json()
+    sites = erq.inspect(out)["sites"]
+    for row in result["bits"]:
+        assert sites[row["name"]]["bits"] == row["w_bits"]
+        assert set(row["errors"]) == {str(b) for b in range(2, 9)}
+    total = sum(r["weights"] for r in result["bits"])
+    assert 4 < sum(r["weights"] * r["w_bits"] for r in result["bits"]) / total <= 4.5
+
+
+def test_quantize_without_data(place: Workplace, tmp_path: Path) -> None:
+    out = tmp_path / "q.safetensors"
+    done = succeed("quantize", *RANDOM, "--images", "synthetic", "--n", "4", "--out", out)
+    assert "calibrated on noise" in done.err
+    assert erq.inspect(out)["calibration"]["n"] == 4
+
+
 def test_quantize_as_published(place: Workplace, tmp_path: Path) -> None:
     out = tmp_path / "q.safetensors"
     succeed("quantize", *RANDOM, "--images", place.npz, "--n", "4", "--out", out, "--paper")
@@ -232,6 +254,56 @@ def test_inspect(place: Workplace) -> None:
         [row] = [line for line in shown.splitlines() if f" {name} " in line]
         for error in site["errors"].values():
             assert f"{error:.1e}" in row
+
+
+def test_eval_without_labels_shows_every_layer(place: Workplace, tmp_path: Path) -> None:
+    unlabelled = float_images(tmp_path / "x.safetensors", torch.randn(6, 3, 32, 32))
+    args = ("eval", place.packed, "--images", unlabelled, "--reference", *RANDOM)
+    done = succeed(*args)
+    assert "agreement" in done.out and "blocks.0.mlp.fc1" in done.out
+    sites = succeed(*args, "--json").json()["sites"]
+    assert len(sites) == 7 and all(0 < db < 80 for db in sites.values())
+    labelled = ("eval", place.packed, "--images", place.npz, "--reference", *RANDOM, "--json")
+    assert succeed(*labelled).json()["sites"] == {}
+    assert succeed(*labelled, "--sites").json()["sites"].keys() == sites.keys()
+    alone = run("eval", place.packed, "--images", place.npz, "--sites")
+    assert (alone.code, "--sites compares a packed FILE" in alone.err) == (1, True)
+
+
+def test_report_writes_both_pages(place: Workplace, tmp_path: Path) -> None:
+    out = tmp_path / "page"
+    done = succeed(
+        "report", place.packed, "--images", place.npz, "--reference", *RANDOM, "--out", out,
+        "--batch", "1", "--seconds", "0.01", "--limit", "12", "--json",
+    )  # fmt: skip
+    result = done.json()
+    assert result["pages"] == [f"{out}.html", f"{out}.md"]
+    assert result["evaluation"]["n"] == 12 and len(result["timings"]) == 2
+    text = Path(f"{out}.md").read_text("utf-8")
+    assert f"erq quantize {NAME} --images {place.npz} --bits w4a4 --n 8" in text
+    for title in ("Summary", "Accuracy", "Error of every layer", "Closeness", "Latency"):
+        assert f"## {title}" in text
+    # The command in it makes the same file again.
+    command = text.split("```")[1].strip().removesuffix("--out FILE").split()
+    again = tmp_path / "again.safetensors"
+    succeed(*command[1:], "--out", again)
+    assert again.read_bytes() == Path(place.packed).read_bytes()
+
+
+def test_report_of_the_file_alone(place: Workplace, tmp_path: Path) -> None:
+    done = succeed("report", place.packed, "--out", tmp_path / "p", "--batch", "0")
+    assert str(tmp_path / "p.html") in done.out
+    assert "## Accuracy" not in (tmp_path / "p.md").read_text("utf-8")
+    bad = run("report", place.packed, "--reference", *RANDOM)
+    assert bad.code == 2 and "needs --images" in bad.err
+
+
+def test_models_lists_what_is_covered_and_what_is_not() -> None:
+    done = succeed("models")
+    assert "swin_*" in done.out and "nn.MultiheadAttention" in done.out
+    result = succeed("models", "--json").json()
+    assert {r["library"] for r in result["covered"]} == {"timm", "torchvision", "transformers"}
+    assert any("swinv2" in r["names"] and "cosine" in r["why"] for r in result["refused"])
 
 
 def test_predict_ranks_classes(place: Workplace) -> None:

@@ -104,6 +104,7 @@ ODD = QuantConfig(
     dual=False,
     wqer=False,
     reparameterize_merging=False,
+    image_bits=8,
     upstream="float",
     refine="off",
     attention="float",

@@ -261,3 +261,42 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     assert open_files([path]).size == 1
     with pytest.raises(ValueError, match=r"gone.png: no such image file"):
         open_files([path, tmp_path / "gone.png"])
+
+
+def test_synthetic_images_have_the_input_statistics_of_the_model() -> None:
+    recipe = Preprocessing.from_config(CONFIG | {"input_size": (3, 64, 48)}, (3, 64, 48))
+    source = open_images("synthetic")
+    x = all_images_of(source.batches(recipe, source.draw(96, seed=0)))
+    assert x.shape == (96, 3, 64, 48)
+    mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
+    pixels = x * std[:, None, None] + mean[:, None, None]
+    assert float(pixels.min()) > -1e-6 and float(pixels.max()) < 1 + 1e-6
+    inside = (pixels > 1e-6) & (pixels < 1 - 1e-6)
+    assert float(inside.float().mean()) > 0.8
+    assert x.mean(dim=(0, 2, 3)).abs().max() < 0.2
+    assert (x.std(dim=(0, 2, 3)) - 0.95).abs().max() < 0.15
+    # Neighbours are alike, as in pictures, and so are channels.
+    assert float((x[..., 1:] * x[..., :-1]).mean() / x.square().mean()) > 0.7
+    assert float((x[:, 0] * x[:, 1]).mean() / x.square().mean()) > 0.7
+
+
+def all_images_of(batches: Any) -> torch.Tensor:
+    return torch.cat([images for images, _ in batches])
+
+
+def test_synthetic_images_are_drawn_by_seed() -> None:
+    source = open_images("synthetic")
+    first, again, other = (
+        all_images_of(source.batches(RECIPE, source.draw(40, seed))) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    flat = torch.cat([first, other]).flatten(1)
+    assert len(flat.unique(dim=0)) == 80
+    with pytest.raises(ValueError, match="has no size of its own"):
+        source.read(3)
+
+
+def test_a_folder_of_that_name_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_pictures(tmp_path / "synthetic", pixels(2, 24, 24, 3))
+    monkeypatch.chdir(tmp_path)
+    assert open_images("synthetic").size == 2

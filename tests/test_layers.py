@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             *("__init__", "__main__", "cli", "options", "report", "demonstration", "loading"),
-            *("evaluation", "engines", "graphs", "timing", "inputs", "system", "pipeline"),
+            *("page", "evaluation", "engines", "graphs", "timing", "inputs", "system", "pipeline"),
         }
     ),
     frozenset({"deployment", "reduce"}),

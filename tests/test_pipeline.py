@@ -468,3 +468,44 @@ def test_submodule_left_in_training_mode_changes_nothing() -> None:
     calm = quantize(model, images, "w4a4")(images)
     model.blocks[0].mlp.train()
     assert torch.equal(quantize(model, images, "w4a4")(images), calm)
+
+
+@torch.no_grad()
+def test_target_bits_are_met_by_widths_of_least_error(tiny_vit: Build) -> None:
+    model, x = tiny_vit(), images()
+    sim: Any = quantize(model, x, "w4a4", target_bits=3.5)
+    bits = {n: weight_bits(m) for n, m in simulated(sim).items() if weight_bits(m) is not None}
+    assert {s.name: s.w_bits for s in sim.erq_bits} == bits
+    sizes = {n: sim.get_submodule(n).weight.numel() for n in bits}
+    average = sum(bits[n] * sizes[n] for n in bits) / sum(sizes.values())
+    assert 3.2 < average <= 3.5
+    assert len(set(bits.values())) > 1
+    # The settings that it carries are those of a run without a target.
+    again: Any = quantize(model, x, sim.erq_info.config)
+    assert torch.equal(again(x), sim(x))
+    assert again.erq_bits == []
+
+
+def test_target_bits_leave_fixed_widths_alone(tiny_vit: Build) -> None:
+    config = {
+        "overrides": {"patch_embed.*": {"w_bits": 8}, "blocks.0.attn.qkv": {"a_bits": 8}},
+        "keep_float": ["head"],
+    }
+    sim: Any = quantize(tiny_vit(), images(), config, target_bits=3)
+    names = {s.name for s in sim.erq_bits}
+    assert "patch_embed.proj" not in names and "head" not in names
+    assert sim.get_submodule("patch_embed.proj").w_params.bits == 8
+    qkv = sim.get_submodule("blocks.0.attn.qkv")
+    assert qkv.x_params.bits == 8
+    assert {s.name: s.w_bits for s in sim.erq_bits}["blocks.0.attn.qkv"] == qkv.w_params.bits
+
+
+@pytest.mark.parametrize("target", [1, 9, "4", True])
+def test_bad_target_bits_are_refused(target: Any, tiny_vit: Build) -> None:
+    with pytest.raises(ValueError, match="target_bits must be"):
+        quantize(tiny_vit(), images(), target_bits=target)
+
+
+def test_target_bits_need_a_layer_to_decide_on(tiny_vit: Build) -> None:
+    with pytest.raises(ValueError, match="no layer to decide on"):
+        quantize(tiny_vit(), images(), {"overrides": {"*": {"w_bits": 4}}}, target_bits=3)

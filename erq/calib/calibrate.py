@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from erq.calib.observers import Run, Stream
 from erq.calib.reparam import Fold, apply_fold, plan_fold
-from erq.calib.simulate import SimLinear, SimScores, SimValues
+from erq.calib.simulate import SimConv2d, SimLinear, SimScores, SimValues
 from erq.config import FLOAT_BITS, QuantConfig
 from erq.models import Site
 from erq.models.attention import Attention
@@ -60,6 +60,9 @@ def calibrate_site(
         p, v = _gather(stream, run, module)
         module.p_params = fit_softmax(p, config.a_bits)
         module.v_params = fit_tensor(v, config.a_bits)
+    elif isinstance(module, SimConv2d) and config.image_bits != FLOAT_BITS:
+        (x,) = _gather(stream, run, module)
+        module.x_params = fit_tensor(x, config.image_bits)
     elif isinstance(module, SimLinear) and config.a_bits != FLOAT_BITS:
         (x,) = _gather(stream, run, module)
         if site.norm is not None and config.reparameterize and config.method != "rtn":

@@ -68,31 +68,7 @@ def outlier_split(
 
 
 class _SimWeight(_Simulated):
-    """A module with a weight matrix [N, K], a bias and a weight quantizer."""
-
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    w_params: WeightParams | None
-
-    def _set_float(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        self.bias = (
-            None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        )
-        self.w_params = None
-
-    def set_weight(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Replace weight [N, K] and bias; a bias may come into being."""
-        self.weight.data = weight.to(self.weight.dtype)
-        if bias is not None:
-            self.bias = nn.Parameter(bias.to(self.weight.dtype), requires_grad=False)
-
-
-class SimLinear(_SimWeight):
-    """A linear layer with an activation quantizer and a weight quantizer.
-
-    Args:
-        weight: fp32 [N, K]; bias: fp32 [N] or None.
+    """A module with a weight matrix [N, K], a bias, and quantizers of its weight and its input.
 
     Attributes:
         x_params: per-tensor activation quantizer, or None for float activations.
@@ -100,13 +76,26 @@ class SimLinear(_SimWeight):
         operands: GEMM operands once frozen, else None.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    x_params: AffineParams | None
+    w_params: WeightParams | None
+    operands: GemmOperands | None
+
     _values = ("x_params", "w_params", "operands")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self._set_float(weight, bias)
-        self.x_params: AffineParams | None = None
-        self.operands: GemmOperands | None = None
+    def _set_float(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.bias = (
+            None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        )
+        self.x_params = self.w_params = self.operands = None
+
+    def set_weight(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Replace weight [N, K] and bias; a bias may come into being."""
+        self.weight.data = weight.to(self.weight.dtype)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.to(self.weight.dtype), requires_grad=False)
 
     def freeze(self) -> None:
         """Run on integer codes from now on (float activations stay on the float path).
@@ -139,13 +128,29 @@ class SimLinear(_SimWeight):
             columns,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., N]."""
+    def product(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N], on codes once frozen."""
         if self.operands is not None and self.x_params is not None:
             return run_gemm(x, self.x_params, self.operands)
         if self.x_params is not None:
             x = fake_quantize(x, self.x_params)
         return F.linear(x, self.weight, self.bias)
+
+
+class SimLinear(_SimWeight):
+    """A linear layer with an activation quantizer and a weight quantizer.
+
+    Args:
+        weight: fp32 [N, K]; bias: fp32 [N] or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self._set_float(weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N]."""
+        return self.product(x)
 
 
 def run_gemm(x: Tensor, x_params: AffineParams, operands: GemmOperands) -> Tensor:
@@ -167,13 +172,7 @@ def check_on_grid(weight: Tensor, codes: Tensor, params: WeightParams) -> None:
 
 
 class SimConv2d(_SimWeight):
-    """A patch embedding (stride = kernel, no padding) as a linear layer on patches; weight-only.
-
-    Attributes:
-        w_params: weight quantizer of the [N, C·kh·kw] matrix, or None.
-    """
-
-    _values = ("w_params",)
+    """A patch embedding (stride = kernel, no padding) as a linear layer [N, C·kh·kw] on patches."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -181,14 +180,9 @@ class SimConv2d(_SimWeight):
         self.in_channels = conv.in_channels
         self._set_float(conv.weight.reshape(conv.out_channels, -1), conv.bias)
 
-    def freeze(self) -> None:
-        """Check that the weight is on its grid; the image stays float."""
-        assert self.w_params is not None
-        check_on_grid(self.weight, quantize(self.weight, self.w_params), self.w_params)
-
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, N, H/kh, W/kw]."""
-        y = F.linear(patches(x, self.kernel_size), self.weight, self.bias)
+        y = self.product(patches(x, self.kernel_size))
         grid = (x.shape[2] // self.kernel_size[0], x.shape[3] // self.kernel_size[1])
         return y.transpose(1, 2).reshape(x.shape[0], -1, *grid)
 

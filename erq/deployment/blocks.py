@@ -6,7 +6,8 @@ LayerNorm + quantize → fc1 GEMM + GELU, codes out → fc2 GEMM + residual.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -318,6 +319,20 @@ def _attention(attn: Attention, bias: Tensor | None, q: Tensor, k: Tensor, v: Te
     if bias is not None:  # n windows of each image
         bias = bias.to(q.dtype).repeat(len(q) // len(bias), 1, 1, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
+
+
+@contextmanager
+def module_by_module(net: nn.Module) -> Iterator[None]:
+    """Inside the context the blocks of `net` run their modules one by one, to the same codes."""
+    blocks = [m for m in net.modules() if isinstance(m, QuantBlock)]
+    halves = [(b.attention_half, b.mlp_half) for b in blocks]
+    for block in blocks:
+        block.attention_half = block.mlp_half = Half(())
+    try:
+        yield
+    finally:
+        for block, (attention, mlp) in zip(blocks, halves, strict=True):
+            block.attention_half, block.mlp_half = attention, mlp
 
 
 def fuse_blocks(net: nn.Module, paths: list[str]) -> None:

@@ -199,11 +199,11 @@ def _header(net: Any) -> dict[str, Any]:
     for site in info.sites:
         module = net.get_submodule(site.name)
         entry: dict[str, Any] = {"kind": site.kind, "norm": site.norm}
-        if isinstance(module, QuantLinear | QuantPatchEmbed):
+        if isinstance(module, QuantLinear):
             dual = 0 if module.dual_columns is None else len(module.dual_columns)
             entry |= {
                 "bits": module.w_bits,
-                "a_bits": module.a_bits if isinstance(module, QuantLinear) else FLOAT_BITS,
+                "a_bits": module.a_bits,
                 "scheme": module.scheme,
                 "shape": [module.out_features, module.in_features],
                 "dual": dual,
@@ -313,11 +313,7 @@ _LAYER: dict[str, _Field] = {
 }
 _SITE_FIELDS: dict[str, dict[str, _Field]] = {
     "linear": _LAYER,
-    "conv": _LAYER
-    | {
-        "a_bits": (lambda v: v == FLOAT_BITS, f"{FLOAT_BITS}"),
-        "scheme": (lambda v: v == "affine", "affine"),
-    },
+    "conv": _LAYER | {"scheme": (lambda v: v == "affine", "affine")},
     "matmul_qk": {
         "norm": _NORM,
         "bits": _WIDTH,
@@ -447,7 +443,9 @@ def _empty(net: nn.Module, name: str, entry: Mapping[str, Any]) -> nn.Module:
         kernel = (old.kernel_size[0], old.kernel_size[1])
         wanted = [old.out_channels, old.in_channels * kernel[0] * kernel[1]]
         n, _ = _checked_shape(name, entry, wanted)
-        return QuantPatchEmbed(old.in_channels, n, kernel, entry["bits"], entry["bias"])
+        return QuantPatchEmbed(
+            old.in_channels, n, kernel, entry["bits"], entry["bias"], entry["a_bits"]
+        )
     if entry["kind"] == "matmul_qk" and isinstance(old, ScaledScores):
         return QuantScores(entry["bits"], entry["temperature"])
     if entry["kind"] == "matmul_av" and isinstance(old, WeightedValues):

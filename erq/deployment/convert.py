@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from erq.calib.simulate import SimConv2d, SimLinear, SimScores, SimValues
+from erq.config import FLOAT_BITS
 from erq.deployment.blocks import fuse_blocks
 from erq.deployment.modules import (
     QuantAttention,
@@ -75,8 +76,10 @@ def _linear(module: SimLinear | SimConv2d) -> nn.Module:
         module.kernel_size,
         module.w_params.bits,
         module.bias is not None,
+        FLOAT_BITS if module.x_params is None else module.x_params.bits,
     ).to(module.weight.device)
     layer.set_weight(module.weight, module.w_params, module.bias)
+    layer.set_input(module.x_params)
     layer.repack()
     return layer
 

@@ -297,12 +297,16 @@ class QuantLinear(_PackedWeight):
         n, k = weight.shape
         layer = cls(k, n, w_params.bits, a_bits, dual, bias is not None).to(weight.device)
         layer.set_weight(weight, w_params, bias)
-        if x_params is not None:
-            # Layers behind one norm share their params, but not their buffers.
-            layer.x_scale = x_params.scale.clone()
-            layer.x_zero_point = x_params.zero_point.clone()
+        layer.set_input(x_params)
         layer.repack()
         return layer
+
+    def set_input(self, x_params: AffineParams | None) -> None:
+        """Fill the buffers of the activation quantizer."""
+        if x_params is not None:
+            # Layers behind one norm share their params, but not their buffers.
+            self.x_scale = x_params.scale.clone()
+            self.x_zero_point = x_params.zero_point.clone()
 
     @classmethod
     def from_linear(
@@ -528,19 +532,30 @@ class QuantLinear(_PackedWeight):
         return f"{super().extra_repr()}, a_bits={self.a_bits}"
 
 
-class QuantPatchEmbed(_PackedWeight):
-    """A patch embedding (stride = kernel, no padding) on packed weights; the image stays float."""
+class QuantPatchEmbed(QuantLinear):
+    """A patch embedding (stride = kernel, no padding): a `QuantLinear` on patches."""
 
     def __init__(
-        self, in_channels: int, out_features: int, kernel: tuple[int, int], w_bits: int, bias: bool
+        self,
+        in_channels: int,
+        out_features: int,
+        kernel: tuple[int, int],
+        w_bits: int,
+        bias: bool,
+        a_bits: int = FLOAT_BITS,
     ) -> None:
-        """Allocate an empty layer for patches of kernel[0] × kernel[1] pixels."""
-        super().__init__(in_channels * kernel[0] * kernel[1], out_features, w_bits, 0, bias)
+        """Allocate an empty layer for patches of kernel[0] × kernel[1] pixels.
+
+        Args:
+            a_bits: of the pixels; 16: they stay float.
+        """
+        columns = in_channels * kernel[0] * kernel[1]
+        super().__init__(columns, out_features, w_bits, a_bits, bias=bias)
         self.in_channels, self.kernel_size = in_channels, kernel
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, N, H/kh, W/kw]."""
-        y = self._linear(patches(x, self.kernel_size))
+        y = super().forward(patches(x, self.kernel_size))
         grid = (x.shape[2] // self.kernel_size[0], x.shape[3] // self.kernel_size[1])
         return y.transpose(1, 2).reshape(x.shape[0], -1, *grid)
 

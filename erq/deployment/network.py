@@ -12,7 +12,6 @@ from erq.deployment.blocks import QuantBlock
 from erq.deployment.modules import (
     QuantAttention,
     QuantLinear,
-    QuantPatchEmbed,
     QuantScores,
     QuantValues,
     _Deployed,
@@ -31,7 +30,7 @@ def set_backend(net: nn.Module, backend: str) -> None:
         if isinstance(module, _Deployed):
             module.backend = backend
     for module in net.modules():
-        if isinstance(module, QuantLinear | QuantPatchEmbed | QuantAttention):
+        if isinstance(module, QuantLinear | QuantAttention):
             module.kernel()
         elif isinstance(module, QuantBlock):
             module.kernels()
@@ -65,15 +64,15 @@ def summary(net: nn.Module) -> str:
     packed = full = 0
     attention_kernel = ""
     for name, module in net.named_modules():
-        if isinstance(module, QuantLinear | QuantPatchEmbed):
+        if isinstance(module, QuantLinear):
             size = sum(b.numel() * b.element_size() for b in module.state_dict().values())
             original = 4 * module.out_features * (module.in_features + (module.bias is not None))
             packed, full = packed + size, full + original
-            a_bits = module.a_bits if isinstance(module, QuantLinear) else FLOAT_BITS
             rows.append(
                 (
                     name, f"W{module.w_bits} {module.out_features}×{module.in_features}",
-                    f"A{a_bits}", module.scheme, module.kernel(), f"{size:,}", f"{original:,}",
+                    f"A{module.a_bits}", module.scheme, module.kernel(), f"{size:,}",
+                    f"{original:,}",
                 )
             )  # fmt: skip
         elif isinstance(module, QuantAttention):

@@ -75,6 +75,24 @@ class Attention(nn.Module):
             windows,
         )
 
+    @classmethod
+    def from_multihead(cls, source: nn.MultiheadAttention) -> Attention:
+        """The rewritten form of torch's self-attention; parameters are shared."""
+        assert source.in_proj_weight is not None
+        has_bias = source.in_proj_bias is not None
+        qkv = nn.Linear(source.embed_dim, 3 * source.embed_dim, bias=has_bias, device="meta")
+        qkv.weight = nn.Parameter(source.in_proj_weight.detach(), requires_grad=False)
+        if has_bias:
+            qkv.bias = nn.Parameter(source.in_proj_bias.detach(), requires_grad=False)
+        proj = nn.Linear(source.embed_dim, source.embed_dim, bias=has_bias, device="meta")
+        proj.weight, proj.bias = source.out_proj.weight, source.out_proj.bias
+        head_dim = source.embed_dim // source.num_heads
+        identities = [nn.Identity() for _ in range(3)]
+        return cls(
+            source.num_heads, head_dim, qkv, identities[0], identities[1],
+            ScaledScores(head_dim**-0.5), WeightedValues(), identities[2], proj,
+        )  # fmt: skip
+
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:

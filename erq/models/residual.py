@@ -5,6 +5,21 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from erq.models.attention import Attention
+from erq.models.sites import Block, Site
+from erq.models.structure import foldable
+
+
+class Mlp(nn.Module):
+    """fc2(act(fc1(x)))."""
+
+    def __init__(self, fc1: nn.Module, act: nn.Module, fc2: nn.Module) -> None:
+        """Take over the given submodules."""
+        super().__init__()
+        self.fc1, self.act, self.fc2 = fc1, act, fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] → [..., C]."""
+        return self.fc2(self.act(self.fc1(x)))  # type: ignore[no-any-return]
 
 
 class ResidualBlock(nn.Module):
@@ -35,3 +50,25 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, …, C] → [B, …, C]."""
         return self.feed_forward(self.attend(x))
+
+
+def block_halves(block: nn.Module, name: str) -> list[Block]:
+    """The two halves of a `ResidualBlock` at the path `name`, with their sites."""
+    assert isinstance(block, ResidualBlock)
+    attention = (
+        Site(f"{name}.attn.qkv", "linear", foldable(block.norm1, f"{name}.norm1")),
+        Site(f"{name}.attn.qk", "matmul_qk"),
+        Site(f"{name}.attn.av", "matmul_av"),
+        Site(f"{name}.attn.proj", "linear"),
+    )
+    mlp = (
+        Site(f"{name}.mlp.fc1", "linear", foldable(block.norm2, f"{name}.norm2")),
+        Site(f"{name}.mlp.fc2", "linear"),
+    )
+    return [Block(f"{name}.attn", attention), Block(f"{name}.mlp", mlp)]
+
+
+def run_half(block: nn.Module, half: int, x: Tensor) -> Tensor:
+    """The attention half (0) or the MLP half (1) of a `ResidualBlock`."""
+    assert isinstance(block, ResidualBlock)
+    return block.feed_forward(x) if half else block.attend(x)

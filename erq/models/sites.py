@@ -71,7 +71,7 @@ class ModelAdapter(Protocol):
         """The blocks of a prepared model, in forward order."""
 
     def run_block(self, model: nn.Module, index: int, x: Tensor) -> Tensor:
-        """Output of block `index` for its input `x`; works on raw and prepared models."""
+        """Output of block `index` for its input `x`; of raw models, too, if `raw_sites`."""
 
     def pre_norm_blocks(self, model: nn.Module) -> list[str]:
         """Paths of the blocks that are x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""

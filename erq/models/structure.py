@@ -41,6 +41,18 @@ def check_patches(proj: nn.Module | None, name: str) -> None:
         )
 
 
+def check_multihead(part: nn.Module | None, name: str) -> None:
+    """Raise UnsupportedModelError unless `part` is plain self-attention of torch's."""
+    require(part, (nn.MultiheadAttention,), name)
+    assert isinstance(part, nn.MultiheadAttention)
+    plain = part.in_proj_weight is not None and part.bias_k is None and not part.add_zero_attn
+    if not plain or not part.batch_first:
+        raise UnsupportedModelError(
+            f"{name}: only batch_first attention with one in_proj_weight, without bias_k and "
+            "add_zero_attn, is understood"
+        )
+
+
 def require(part: nn.Module | None, allowed: tuple[type[nn.Module], ...], name: str) -> None:
     """Raise UnsupportedModelError unless `part` is of exactly one of the allowed classes."""
     if type(part) not in allowed:
@@ -63,6 +75,7 @@ def _behaviour(module: nn.Module) -> dict[str, Any]:
         return {"activation": act_name(module)}
     names = (
         "num_heads", "scale", "eps", "gate_last", "window_size", "shift_size", "input_resolution",
+        "image_size",
     )  # fmt: skip
     return {name: getattr(module, name) for name in names if hasattr(module, name)}
 

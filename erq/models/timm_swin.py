@@ -11,7 +11,7 @@ from timm.models import swin_transformer as timm_swin
 from torch import Tensor, nn
 
 from erq.models.attention import Attention
-from erq.models.residual import ResidualBlock
+from erq.models.residual import ResidualBlock, block_halves, run_half
 from erq.models.sites import Block, Site, UnsupportedModelError
 from erq.models.structure import check_patches, check_twin, foldable, is_head, require
 from erq.models.windows import Windows
@@ -54,30 +54,20 @@ class TimmSwin:
                 norm = foldable(part.norm, f"{name}.norm")
                 out.append(Block(name, (Site(f"{name}.reduction", "linear", norm, merging=True),)))
                 continue
-            attention = (
-                Site(f"{name}.attn.qkv", "linear", foldable(part.norm1, f"{name}.norm1")),
-                Site(f"{name}.attn.qk", "matmul_qk"),
-                Site(f"{name}.attn.av", "matmul_av"),
-                Site(f"{name}.attn.proj", "linear"),
-            )
-            mlp = (
-                Site(f"{name}.mlp.fc1", "linear", foldable(part.norm2, f"{name}.norm2")),
-                Site(f"{name}.mlp.fc2", "linear"),
-            )
-            out += [Block(f"{name}.attn", attention), Block(f"{name}.mlp", mlp)]
+            out += block_halves(part, name)
         head = (Site("head.fc", "linear"),) if is_head(model.head.fc) else ()
         out.append(Block("head", head))
         return out
 
     def run_block(self, model: Any, index: int, x: Tensor) -> Tensor:
-        """One block of the model, maps [B, H, W, C] between them; see `ModelAdapter.run_block`."""
+        """One block of a prepared model, maps [B, H, W, C] between them."""
         if index == 0:
             return model.patch_embed(x)  # type: ignore[no-any-return]
         index -= 1
         for _, part in _parts(model):
             halves = 1 if isinstance(part, timm_swin.PatchMerging) else 2
             if index < halves:
-                return _half(part, index, x) if halves == 2 else part(x)
+                return run_half(part, index, x) if halves == 2 else part(x)
             index -= halves
         return model.forward_head(model.norm(x))  # type: ignore[no-any-return]
 
@@ -170,15 +160,6 @@ def _parts(model: Any) -> list[tuple[str, Any]]:
             parts.append((f"layers.{i}.downsample", stage.downsample))
         parts += [(f"layers.{i}.blocks.{j}", block) for j, block in enumerate(stage.blocks)]
     return parts
-
-
-def _half(block: Any, half: int, x: Tensor) -> Tensor:
-    """The attention half (0) or the MLP half (1) of a block, raw or prepared."""
-    if isinstance(block, ResidualBlock):
-        return block.feed_forward(x) if half else block.attend(x)
-    if half:
-        return x + block.mlp(block.norm2(x))  # type: ignore[no-any-return]
-    return x + block._attn(block.norm1(x))  # type: ignore[no-any-return]
 
 
 def _check_structure(model: Any) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from erq.calib.simulate import SimConv2d, SimLinear
-from erq.config import QuantConfig
+from erq.config import FLOAT_BITS, QuantConfig
 from erq.models import Site
 from erq.quant import DualAffineParams, WeightParams, dequantize, quantize
 from erq.quant.fit import fit_dual_weight, fit_weight
@@ -33,6 +34,7 @@ class SiteReport:
             weight, from activation quantization and the quantized upstream alone.
         error_aqer: the same after Aqer. error_nearest: with that weight rounded to nearest.
         error_final: with the codes that are kept.
+        nearest: width → the same as error_nearest at that width, where it was asked for.
     """
 
     name: str
@@ -44,6 +46,7 @@ class SiteReport:
     error_aqer: float
     error_nearest: float
     error_final: float
+    nearest: Mapping[int, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able fields."""
@@ -59,7 +62,12 @@ def fit_site_weight(weight: Tensor, site: Site, config: QuantConfig) -> WeightPa
 
 @torch.no_grad()
 def solve_site(
-    site: Site, module: SimLinear | SimConv2d, gram: Gram, config: QuantConfig, batch_rows: bool
+    site: Site,
+    module: SimLinear | SimConv2d,
+    gram: Gram,
+    config: QuantConfig,
+    batch_rows: bool,
+    widths: Sequence[int] = (),
 ) -> SiteReport:
     """Put the module's weight on its b-bit grid with the least output error, and freeze it.
 
@@ -67,6 +75,7 @@ def solve_site(
         gram: statistics of what enters the site.
         config: the site's own settings.
         batch_rows: one row per image (a head), which the official λ treats apart.
+        widths: report the error of rounding to nearest at these widths as well.
 
     Returns:
         Errors before and after every step.
@@ -86,10 +95,13 @@ def solve_site(
         weight = aqer(gram, original, strength, has_bias)
     errors["error_aqer"] = error.of(weight)
 
-    params = fit_site_weight(weight[:, :-1].float(), site, config)
+    params, nearest = _round_to_nearest(weight, site, config)
     codes = quantize(weight[:, :-1].float(), params)
-    nearest = torch.cat([dequantize(codes, params).double(), weight[:, -1:]], dim=1)
     errors["error_nearest"] = error.of(nearest)
+    by_width = {
+        bits: error.of(_round_to_nearest(weight, site, replace(config, w_bits=bits))[1])
+        for bits in widths
+    }
 
     new_bias = weight[:, -1]
     if config.method == "gptq":
@@ -106,8 +118,17 @@ def solve_site(
     module.w_params = params
     module.set_weight(dequantize(codes, params), new_bias.float() if has_bias else None)
     module.freeze()
-    a_bits = 16
-    if isinstance(module, SimLinear) and module.x_params is not None:
-        a_bits = module.x_params.bits
+    a_bits = FLOAT_BITS if module.x_params is None else module.x_params.bits
     scheme = "dual" if isinstance(params, DualAffineParams) else "affine"
-    return SiteReport(site.name, site.kind, config.w_bits, a_bits, scheme, **errors)
+    return SiteReport(
+        site.name, site.kind, config.w_bits, a_bits, scheme, nearest=by_width, **errors
+    )
+
+
+def _round_to_nearest(
+    weight: Tensor, site: Site, config: QuantConfig
+) -> tuple[WeightParams, Tensor]:
+    """The quantizer of a weight, fp64 [N, D + 1], and the weight on its grid, bias as it was."""
+    params = fit_site_weight(weight[:, :-1].float(), site, config)
+    value = dequantize(quantize(weight[:, :-1].float(), params), params)
+    return params, torch.cat([value.double(), weight[:, -1:]], dim=1)

@@ -400,8 +400,8 @@ def _plan(
         },
         num_warps=block_m // 16,
         num_stages=1 if tail > 16 else 2,
-        # For sm_100, ptxas would otherwise aim at three programs a multiprocessor, and spill.
-        max_registers=248 if chunks > 2 else None,
+        # For sm_100, ptxas would otherwise aim at more programs a multiprocessor, and spill.
+        max_registers=248 if chunks > 2 or tail else None,
     )  # fmt: skip
 
 

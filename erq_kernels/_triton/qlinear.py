@@ -237,7 +237,7 @@ def plan(
     Args:
         x, weight, residual: rows of any stride, columns contiguous.
         others: as `ops.qlinear`; vectors contiguous.
-        config: its `kernel` is "tma" or "gluon" only where `allows_tma`.
+        config: its `kernel` is "tma" or "gluon" only where `allows_tma` says so.
     """
     (m, k), n = x.shape, weight.shape[0]
     block_s = _FIRST_STEP * config.dots
@@ -368,6 +368,8 @@ def qlinear(
     config = configs.choose("qlinear", m, n, long, dual, arch, device)
     if not can_run(config, x, weight, split, arch):
         config = configs.heuristic(m, n, long, dual, arch)
+        if not can_run(config, x, weight, split, arch):  # operands that no descriptor can read
+            config = replace(config, kernel="pointers")
     plan(
         x,
         weight,
@@ -449,8 +451,13 @@ def static_cases(arch: int) -> Iterator[StaticCase]:
     for name, m, n, long, first, epilogue in _STATIC_SHAPES:
         default = configs.heuristic(m, n, long, first > 0, arch)
         variants = [(f"qlinear {name}", default)]
-        if arch >= 90 and name in _STATIC_OTHERS:
-            variants.append((f"qlinear {name} tma", replace(default, kernel="tma", dots=1)))
+        if default.kernel == "tma" and name in _STATIC_OTHERS:
+            variants.append((f"qlinear {name} pointers", replace(default, kernel="pointers")))
+        elif arch >= 90 and name in _STATIC_OTHERS:
+            # Without a limit ptxas keeps to 168 for sm_120 under Triton 3.6, and spills.
+            limit = 248 if arch == 120 else default.max_registers
+            tma = replace(default, kernel="tma", dots=1, max_registers=limit)
+            variants.append((f"qlinear {name} tma", tma))
         if arch == 90 and name in _STATIC_OTHERS:
             gluon = replace(default, kernel="gluon", max_registers=None)
             variants.append((f"qlinear {name} gluon", gluon))

@@ -102,6 +102,7 @@ class _Config:
     block_k: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 def _configure(m: int, n: int) -> _Config:
@@ -112,7 +113,8 @@ def _configure(m: int, n: int) -> _Config:
         return _Config(32, 32, 128, 4, 3)
     if m <= 1024 or n <= 64:
         return _Config(64, 64, 64, 4, 3)
-    return _Config(128, 64, 64, 4, 3)
+    # For sm_100, ptxas would otherwise aim at three programs a multiprocessor, and spill.
+    return _Config(128, 64, 64, 4, 3, max_registers=248)
 
 
 def _plan(
@@ -171,6 +173,7 @@ def _plan(
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        max_registers=config.max_registers,
     )  # fmt: skip
 
 

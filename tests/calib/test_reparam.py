@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from erq.calib.calibrate import calibrate_site
+from erq.calib.observers import Stream
+from erq.calib.prepare import insert_simulated
 from erq.calib.reparam import Fold, apply_fold, plan_fold
 from erq.calib.simulate import SimLinear
+from erq.config import QuantConfig
+from erq.models import adapter_for
 from erq.quant import AffineParams, fake_quantize, quantize
 from erq.quant.fit import fit_channels
 
@@ -102,3 +109,44 @@ def test_fold_of_one_channel_is_nothing(affine: Callable[..., AffineParams]) -> 
     x = torch.randn(4, 1)
     assert torch.equal(fold.apply(x), x)
     assert torch.equal(quantize(x, fold.params), quantize(x, affine(0.3, 5)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8])
+def test_padding_of_windows_follows_the_fold(
+    bits: int, tiny_swin: Callable[..., nn.Module]
+) -> None:
+    """Folding every norm of a Swin with padded windows leaves its full-precision output alone."""
+    model: Any = tiny_swin(img_size=(20, 28))
+    x = torch.randn(4, 3, 20, 28)
+    expected = model(x)
+    adapter = adapter_for(model)
+    config = QuantConfig(a_bits=bits, attention="float")
+    blocks = insert_simulated(model, adapter, config)
+    zero = model.layers[0].blocks[0].attn.windows.pad
+    assert torch.equal(zero, torch.zeros_like(zero))
+    stream = Stream([x])
+    for index, block in enumerate(blocks):
+        run = partial(adapter.run_block, model, index)
+        for site in block.sites:
+            if site.norm is not None:
+                module = model.get_submodule(site.name)
+                fold = calibrate_site(site, model, run, stream, [module], config)
+                assert fold is not None
+                if site.name.endswith("qkv"):
+                    # The code of what stands at padding is the channel's zero point.
+                    pad = model.get_submodule(site.name[:-4]).windows.pad
+                    offset = fold.params.zero_point - fold.shift / fold.params.scale
+                    top = 2**bits - 1
+                    codes = quantize(pad, fold.params)
+                    assert torch.equal(codes, offset.round().clamp(0, top).to(codes.dtype))
+                    assert len(codes.unique()) > 1
+                module.x_params = None  # folded, but in full precision
+        if index < len(blocks) - 1:
+            stream.advance(run)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    # Zeros in their place, as timm pads, would not do.
+    for layer in model.layers:
+        for block in layer.blocks:
+            block.attn.windows.pad.zero_()
+    assert float((model(x) - expected).abs().max()) > 1e-2

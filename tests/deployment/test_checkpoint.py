@@ -694,7 +694,7 @@ BAD_HEADERS: list[tuple[tuple[str | int, ...], Any, str]] = [
     ((*SITE,), 7, f"site {QKV} must be an object whose kind is one of"),
     ((*SITE, "kind"), "norm", f"site {QKV} must be an object whose kind is one of"),
     ((*SITE, "kind"), ["linear"], f"site {QKV} must be an object whose kind is one of"),
-    ((*SITE, "kind"), "conv", f"site {QKV}: a_bits must be 16, got 4"),
+    ((*SITE, "kind"), "conv", f"site {QKV}: scheme must be affine, got 'dual'"),
     ((*SITE, "kind"), "matmul_qk", f"site {QKV}: scheme must be affine, got 'dual'"),
     *(((*SITE, k), DROP, f"site {QKV} lacks '{k}'") for k in checkpoint._SITE_FIELDS["linear"]),
     *(
@@ -734,7 +734,7 @@ BAD_HEADERS: list[tuple[tuple[str | int, ...], Any, str]] = [
     ((*SITE, "errors"), [1], f"site {QKV}: errors must be an object of numbers"),
     ((*SITE, "errors"), {"error_float": "x"}, f"site {QKV}: errors must be an object of numbers"),
     (("sites", "head", "scheme"), "dual", "site head: dual must be 0 in the affine scheme"),
-    (("sites", "patch_embed.proj", "a_bits"), 4, "site patch_embed.proj: a_bits must be 16, got 4"),
+    (("sites", "patch_embed.proj", "a_bits"), 4, "tensor patch_embed.proj.x_scale is missing"),
     (("sites", "patch_embed.proj", "scheme"), "dual", "scheme must be affine, got 'dual'"),
     (("sites", "blocks.0.attn.qk"), DROP, "blocks.0.attn: qk and av must both be sites"),
     (("sites", "blocks.0.attn.av"), DROP, "blocks.0.attn: qk and av must both be sites"),

@@ -71,6 +71,8 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "GELU by tanh": ({"act_layer": "gelu_tanh"}, "w4a4"),
     "no biases": ({"qkv_bias": False, "proj_bias": False}, "w4a4"),
     "no head": ({"num_classes": 0}, "w4a4"),
+    "pixels of 8 bits": ({}, {"image_bits": 8, "overrides": {"patch_embed.*": {"w_bits": 8}}}),
+    "pixels of 4 bits": ({"patch_size": 2}, {"image_bits": 4}),
 }
 
 
@@ -125,13 +127,12 @@ def traced(model: Any) -> Iterator[Trace]:
 
     for name, m in model.named_modules():
         if isinstance(m, QuantLinear | QuantPatchEmbed):
-            integer = isinstance(m, QuantLinear) and m.a_bits < 16
-            sites[(m.operands.weight if integer else m.packed).data_ptr()] = name
+            sites[(m.operands.weight if m.a_bits < 16 else m.packed).data_ptr()] = name
         elif isinstance(m, QuantScores):
             sites[m.q_zero_point.data_ptr()] = name
         elif isinstance(m, QuantValues):
             sites[m.v_zero_point.data_ptr()] = name
-        elif isinstance(m, SimLinear) and m.operands is not None:
+        elif isinstance(m, SimLinear | SimConv2d) and m.operands is not None:
             sites[m.operands.weight.data_ptr()] = name
         elif isinstance(m, SimLinear | SimConv2d):
             kernel = m.kernel_size if isinstance(m, SimConv2d) else None
@@ -184,7 +185,7 @@ def trace_of(model: nn.Module, x: Tensor) -> tuple[Trace, Tensor]:
 def float_only(model: Any, name: str) -> bool:
     """Whether the site `name` of a simulated model takes float activations."""
     m = model.get_submodule(name)
-    return isinstance(m, SimConv2d) or (isinstance(m, SimLinear) and m.x_params is None)
+    return isinstance(m, SimConv2d | SimLinear) and m.x_params is None
 
 
 @pytest.mark.parametrize(("settings", "config"), CASES.values(), ids=CASES.keys())

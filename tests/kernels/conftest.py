@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 
@@ -10,17 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from erq_kernels import _triton_backend, explain
+from erq_kernels import explain
 
 HAS_GPU = torch.cuda.is_available()
-
-if not HAS_GPU and _triton_backend.is_installed():
-    # As Triton itself (the root's conftest.py): the variable is set for the imports, and for the
-    # tests that take `device`.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        for _module in sorted(set(_triton_backend.MODULES.values())):
-            importlib.import_module(f"erq_kernels._triton.{_module}")
 
 
 @pytest.fixture

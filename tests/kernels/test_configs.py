@@ -49,12 +49,12 @@ def parse(value: Any) -> dict[str, tuple[Measurement, ...]]:
 
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("dual", [False, True])
-def test_the_heuristic_takes_pointers_and_fills_the_device(arch: int, dual: bool) -> None:
+def test_the_heuristic_fills_the_device_and_never_takes_gluon(arch: int, dual: bool) -> None:
     for n, k in ((192, 192), (1152, 384), (384, 1536), (3072, 768), (1000, 1024)):
         tiles = []
         for m in (1, 16, 17, 32, 33, 197, 1576, 12608, 50432):
             config = configs.heuristic(m, n, k, dual, arch)
-            assert config.kernel == "pointers"
+            assert config.kernel == ("tma" if arch == 90 and m > 32 else "pointers")
             assert config.block_m <= max(16, 2 * m)
             assert config.block_k <= max(64, 2 * k)
             tiles.append(config.block_m * config.block_n)

@@ -74,7 +74,6 @@ def test_output_stays_the_same(case: tuple[nn.Module, Tensor]) -> None:
     assert isinstance(adapter, TimmSwin)
     expected = model(x)
     assert float(expected.std()) > 1e-3
-    torch.testing.assert_close(run_blocks(model, x), expected, rtol=0, atol=0)
     parameters = {n: p.clone() for n, p in model.named_parameters()}
 
     adapter.prepare(model)
@@ -116,6 +115,7 @@ def test_every_site_is_reached_in_order(case: tuple[nn.Module, Tensor]) -> None:
 
 def test_norms_of_sites(tiny_swin: Build) -> None:
     model = tiny_swin(depths=(1, 1))
+    TimmSwin().prepare(model)
     sites = [s for b in TimmSwin().blocks(model) for s in b.sites]
     assert {s.name: s.norm for s in sites if s.norm} == {
         **{f"layers.{i}.blocks.0.attn.qkv": f"layers.{i}.blocks.0.norm1" for i in (0, 1)},
