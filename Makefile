@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv test pytest lint format demo clean distclean
+.PHONY: help venv native test pytest lint format demo clean distclean
 
 help:
 	@echo 'make demo       set up, then quantize, pack, reload, evaluate and time the shipped model'
@@ -16,6 +16,7 @@ help:
 	@echo 'make lint       ruff check, ruff format --check, mypy --strict'
 	@echo 'make format     let ruff fix and format the tree'
 	@echo 'make venv       the set-up alone: $(VENV) with the package (editable) and its test tools'
+	@echo 'make native     build the libraries of csrc/ again, after a change'
 	@echo 'make clean      remove caches and build output;  make distclean  also $(VENV)'
 
 # The stamp is written last, so an interrupted installation is taken up again by the next make.
@@ -28,6 +29,9 @@ $(STAMP): pyproject.toml setup.py erq/_version.py $(wildcard csrc/*.* csrc/*/*)
 	@touch $@
 
 venv: $(STAMP)
+
+native: $(STAMP)
+	$(BIN)/python csrc/build.py
 
 test: lint pytest
 

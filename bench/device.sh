@@ -38,7 +38,7 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")'
 [ -z "$smoke" ] && step clocks 20 nvidia-smi -q -d CLOCK,POWER,PERFORMANCE
 
 if [ -n "$smoke" ]; then
-	step tests 120 "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_triton_pack.py
+	step tests 120 "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_pack.py
 	step exactness 120 "$python" bench/exactness.py --smoke --out "$out/device/exactness.jsonl"
 	step kernels 120 "$python" bench/kernels.py --smoke --seconds 0.1
 	step models 240 "$python" bench/models.py --smoke --models deit_tiny_patch16_224 --batches 1 \

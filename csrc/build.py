@@ -87,9 +87,9 @@ LIBRARIES = (
         x86_flags={
             "_avx512.cpp": (
                 "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni",
-                "-mavx512vbmi", "-mfma", "-mprefer-vector-width=512",
+                "-mavx512vbmi", "-mbmi2", "-mfma", "-mprefer-vector-width=512",
             ),
-            "_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
+            "_avx2.cpp": ("-mavx2", "-mfma", "-mf16c", "-mbmi2"),
         },
         required_by="ERQ_BUILD_CPU",
         purpose="the cpu backend",

@@ -51,6 +51,7 @@ def _is_interpreter_asked_for() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
+@cache
 def _device_reason(device: torch.device) -> str | None:
     """Why compiled kernels cannot run on `device`, or None."""
     got = f"a tensor on {device.type}"
@@ -71,10 +72,12 @@ def _attribute(op: str, suffix: str) -> Any:
 def _why_not(op: str, *args: Any, **kwargs: Any) -> str | None:
     if not is_installed():
         return "triton is not installed"
+    interpret = _is_interpreter_asked_for()
+    if not interpret and args and isinstance(args[0], Tensor) and args[0].is_cpu:
+        return _device_reason(args[0].device)  # at once: every op on a CPU asks
     devices = {a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor)}
     if len(devices) > 1:
         return f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}"
-    interpret = _is_interpreter_asked_for()
     if not interpret:
         for device in devices:
             reason = _device_reason(device)

@@ -23,6 +23,27 @@ def packed_size(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
 
 
+def check_range(codes: Tensor, bits: int) -> None:
+    """Raise ValueError unless every code lies in 0..2**bits − 1."""
+    if not codes.numel():
+        return
+    ordered = codes if codes.dtype in (torch.uint8, torch.int8) else codes.to(torch.int64)
+    low, high = (int(c) for c in ordered.aminmax())
+    if low < 0 or high >= 1 << bits:
+        raise ValueError(
+            f"codes of {bits} bits must lie in 0..{(1 << bits) - 1}, got {low}..{high}"
+        )
+
+
+def check_stream(packed: Tensor, bits: int, count: int) -> None:
+    """Raise ValueError unless `packed` holds `count` codes of `bits` bits."""
+    if packed.dtype != torch.uint8 or packed.numel() != packed_size(count, bits):
+        raise ValueError(
+            f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes (uint8), got "
+            f"{packed.numel()} of {packed.dtype}"
+        )
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Dense row-major bit stream of codes: code i starts at bit i·bits, least significant first.
 
@@ -36,12 +57,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError: a code outside its range.
     """
+    check_range(codes, bits)
     flat = codes.reshape(-1).to(torch.int64)
-    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << bits):
-        raise ValueError(
-            f"codes of {bits} bits must lie in 0..{(1 << bits) - 1}, "
-            f"got {int(flat.min())}..{int(flat.max())}"
-        )
     # Eight codes fill exactly `bits` bytes: one 64-bit word each.
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)
     shifts = torch.arange(8, device=flat.device) * bits
@@ -65,11 +82,7 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     count = 1
     for n in shape:
         count *= n
-    if packed.dtype != torch.uint8 or packed.numel() != packed_size(count, bits):
-        raise ValueError(
-            f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes (uint8), got "
-            f"{packed.numel()} of {packed.dtype}"
-        )
+    check_stream(packed, bits, count)
     padded = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).reshape(-1, bits)
     words = (padded.to(torch.int64) << (torch.arange(bits, device=packed.device) * 8)).sum(dim=1)
     codes = (words[:, None] >> (torch.arange(8, device=packed.device) * bits)) & ((1 << bits) - 1)

@@ -8,6 +8,7 @@ last argument `backend` forces one. The arithmetic is defined in `erq_kernels.re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -25,57 +26,81 @@ def _run(op: str, backend: str, *args: Any) -> Tensor:
     return result.contiguous()
 
 
+class _Op:
+    """A function as the torch op `erq::<its name>`, called past torch's dispatcher where that only
+    costs time (some 20 µs a call): where nothing records, traces, transforms or profiles.
+    """
+
+    def __init__(self, run: Callable[..., Tensor]) -> None:
+        update_wrapper(self, run)
+        self._run = run
+        self._op = torch.library.custom_op(f"erq::{run.__name__}", run, mutates_args=())
+        self.register_fake = self._op.register_fake
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if type(first) is Tensor and _is_plain_eager():
+            return self._run(*args, **kwargs)
+        return self._op(*args, **kwargs)
+
+
+def _is_plain_eager() -> bool:
+    """Whether an op called now is only to be run."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
 
 def _check_codes(name: str, x: Tensor, dim: int | None = None) -> None:
-    _require(x.dtype == torch.int8, f"{name} must hold int8 codes, got {x.dtype}")
-    if dim is not None:
-        _require(x.dim() == dim, f"{name} must have {dim} dimensions, got {list(x.shape)}")
+    if x.dtype != torch.int8:
+        raise ValueError(f"{name} must hold int8 codes, got {x.dtype}")
+    if dim is not None and x.dim() != dim:
+        raise ValueError(f"{name} must have {dim} dimensions, got {list(x.shape)}")
 
 
 def _check_bits(bits: int, lowest: int = 2) -> None:
-    _require(lowest <= bits <= 8, f"bits must be from {lowest} to 8, got {bits}")
+    if not lowest <= bits <= 8:
+        raise ValueError(f"bits must be from {lowest} to 8, got {bits}")
 
 
 def _check_float(name: str, x: Tensor | None, *shape: int) -> None:
-    if x is not None:
-        _require(
-            x.is_floating_point() and tuple(x.shape) == shape,
-            f"{name} must be float {list(shape)}, got {x.dtype} {list(x.shape)}",
-        )
+    if x is not None and not (x.is_floating_point() and x.shape == shape):
+        raise ValueError(f"{name} must be float {list(shape)}, got {x.dtype} {list(x.shape)}")
 
 
 def _check_vector(
     name: str, x: Tensor | None, rows: int, dtype: torch.dtype = torch.float32
 ) -> None:
-    if x is not None:
-        _require(
-            x.dtype == dtype and tuple(x.shape) == (rows,),
-            f"{name} must be {dtype} [{rows}], got {x.dtype} {list(x.shape)}",
-        )
+    if x is not None and not (x.dtype == dtype and x.shape == (rows,)):
+        raise ValueError(f"{name} must be {dtype} [{rows}], got {x.dtype} {list(x.shape)}")
 
 
 def _check_scalar(name: str, x: Tensor, dtype: torch.dtype = torch.float32) -> None:
-    _require(
-        x.dtype == dtype and x.dim() == 0,
-        f"{name} must be {dtype} [], got {x.dtype} {list(x.shape)}",
-    )
+    if not (x.dtype == dtype and x.dim() == 0):
+        raise ValueError(f"{name} must be {dtype} [], got {x.dtype} {list(x.shape)}")
 
 
 def _check_quantizer(inv_scale: Tensor, zero_point: Tensor, columns: int, name: str) -> None:
-    _require(
-        inv_scale.dtype == torch.float32 and zero_point.dtype == torch.int32,
-        f"{name}: inv_scale must be float32 and zero_point int32, got {inv_scale.dtype} and "
-        f"{zero_point.dtype}",
-    )
-    _require(
-        inv_scale.shape == zero_point.shape and tuple(inv_scale.shape) in ((), (columns,)),
-        f"{name}: inv_scale and zero_point must both be [] or [{columns}], got "
-        f"{list(inv_scale.shape)} and {list(zero_point.shape)}",
-    )
+    if not (inv_scale.dtype == torch.float32 and zero_point.dtype == torch.int32):
+        raise ValueError(
+            f"{name}: inv_scale must be float32 and zero_point int32, got {inv_scale.dtype} and "
+            f"{zero_point.dtype}"
+        )
+    if not (inv_scale.shape == zero_point.shape and inv_scale.shape in ((), (columns,))):
+        raise ValueError(
+            f"{name}: inv_scale and zero_point must both be [] or [{columns}], got "
+            f"{list(inv_scale.shape)} and {list(zero_point.shape)}"
+        )
 
 
 def _check_output_quantizer(
@@ -94,24 +119,27 @@ def _check_output_quantizer(
 def _check_epilogue(
     act: str, residual: Tensor | None, out_dtype: torch.dtype, rows: int, columns: int
 ) -> None:
-    _require(act in ACTIVATIONS, f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
     _check_float("residual", residual, rows, columns)
-    _require(
-        out_dtype in OUT_DTYPES,
-        f"out_dtype must be one of {', '.join(map(str, OUT_DTYPES))}, got {out_dtype}",
-    )
+    if out_dtype not in OUT_DTYPES:
+        raise ValueError(
+            f"out_dtype must be one of {', '.join(map(str, OUT_DTYPES))}, got {out_dtype}"
+        )
 
 
 def _check_packed_output(
     out_packed: bool, out_inv_scale: Tensor | None, bits: int, columns: int
 ) -> None:
-    _require(
-        not out_packed or (out_inv_scale is not None and bits <= 4 and columns % 2 == 0),
-        f"out_packed takes codes of at most 4 bits and an even number of columns, got {bits} bits "
-        f"and {columns} columns"
-        if out_inv_scale is not None
-        else "out_packed takes codes: give a quantizer of the result",
-    )
+    if not out_packed:
+        return
+    if out_inv_scale is None:
+        raise ValueError("out_packed takes codes: give a quantizer of the result")
+    if bits > 4 or columns % 2:
+        raise ValueError(
+            "out_packed takes codes of at most 4 bits and an even number of columns, got "
+            f"{bits} bits and {columns} columns"
+        )
 
 
 def _empty_codes(x: Tensor, shape: Sequence[int], packed: bool) -> Tensor:
@@ -122,15 +150,17 @@ def _empty_codes(x: Tensor, shape: Sequence[int], packed: bool) -> Tensor:
 
 
 def _check_device(x: Tensor, *others: Tensor | None) -> None:
+    index = x.get_device()  # an int, −1 for the CPU and others alike: cheaper than the device
     for other in others:
-        if other is not None:
-            _require(
-                other.device == x.device,
-                f"all tensors of one call live on one device, got {x.device} and {other.device}",
+        if other is None or (other.get_device() == index and (index >= 0 or other.is_cpu)):
+            continue
+        if other.device != x.device:
+            raise ValueError(
+                f"all tensors of one call live on one device, got {x.device} and {other.device}"
             )
 
 
-@torch.library.custom_op("erq::quantize", mutates_args=())
+@_Op
 def quantize(
     x: Tensor,
     inv_scale: Tensor,
@@ -170,7 +200,7 @@ def _(
     return _empty_codes(x, x.shape, out_packed)
 
 
-@torch.library.custom_op("erq::layer_norm_quantize", mutates_args=())
+@_Op
 def layer_norm_quantize(
     x: Tensor,
     weight: Tensor,
@@ -196,14 +226,13 @@ def layer_norm_quantize(
         ValueError: an argument that is not the above.
     """
     _check_bits(bits)
-    _require(
-        x.is_floating_point() and x.dim() == 2,
-        f"layer_norm_quantize takes a float [M, K], got {x.dtype} {list(x.shape)}",
-    )
+    if not (x.is_floating_point() and x.dim() == 2):
+        raise ValueError(f"layer_norm_quantize takes a float [M, K], got {x.dtype} {list(x.shape)}")
     k = x.shape[1]
     _check_vector("weight", weight, k)
     _check_vector("bias", bias, k)
-    _require(0.0 < eps < float("inf"), f"eps must be finite and > 0, got {eps}")
+    if not 0.0 < eps < float("inf"):
+        raise ValueError(f"eps must be finite and > 0, got {eps}")
     if order is not None:
         _check_vector("order", order, order.numel(), torch.int64)
     _check_quantizer(inv_scale, zero_point, k, "layer_norm_quantize")
@@ -230,7 +259,7 @@ def _(
     return _empty_codes(x, (x.shape[0], columns), out_packed)
 
 
-@torch.library.custom_op("erq::qlinear", mutates_args=())
+@_Op
 def qlinear(
     x: Tensor,
     weight: Tensor,
@@ -268,31 +297,33 @@ def qlinear(
     """
     packed = x.dtype == torch.uint8
     if packed:
-        _require(
-            x.dim() == 2 and weight.dim() == 2 and weight.dtype == torch.uint8,
-            f"packed x goes with packed weight, uint8 [M, K / 2] and [N, K / 2], got "
-            f"{list(x.shape)} and {weight.dtype} {list(weight.shape)}",
-        )
+        if not (x.dim() == 2 and weight.dim() == 2 and weight.dtype == torch.uint8):
+            raise ValueError(
+                f"packed x goes with packed weight, uint8 [M, K / 2] and [N, K / 2], got "
+                f"{list(x.shape)} and {weight.dtype} {list(weight.shape)}"
+            )
+        if split % 2:
+            raise ValueError(f"a packed segment has an even length, got {split}")
     else:
         _check_codes("x", x, 2)
         _check_codes("weight", weight, 2)
     n, k = weight.shape[0], weight.shape[1] * (2 if packed else 1)
-    _require(x.shape[1] == weight.shape[1], f"x has {x.shape[1]} columns, weight {weight.shape[1]}")
-    _require(not packed or split % 2 == 0, f"a packed segment has an even length, got {split}")
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x has {x.shape[1]} columns, weight {weight.shape[1]}")
     if weight_offset is not None:
         shape = (1 if scale2 is None else 2, n)
-        _require(
-            packed and weight_offset.dtype == torch.int32 and tuple(weight_offset.shape) == shape,
-            f"weight_offset goes with packed operands and must be int32 {list(shape)}, got "
-            f"{weight_offset.dtype} {list(weight_offset.shape)}",
-        )
+        if not (packed and weight_offset.dtype == torch.int32 and weight_offset.shape == shape):
+            raise ValueError(
+                f"weight_offset goes with packed operands and must be int32 {list(shape)}, got "
+                f"{weight_offset.dtype} {list(weight_offset.shape)}"
+            )
     vectors = {"scale": scale, "scale2": scale2, "bias": bias, "layer_scale": layer_scale}
     for name, vector in vectors.items():
         _check_vector(name, vector, n)
-    _require(
-        0 < split < k if scale2 is not None else split == k,
-        f"split must lie inside 1..{k - 1} with scale2 and be {k} without, got {split}",
-    )
+    if not (0 < split < k if scale2 is not None else split == k):
+        raise ValueError(
+            f"split must lie inside 1..{k - 1} with scale2 and be {k} without, got {split}"
+        )
     _check_epilogue(act, residual, out_dtype, x.shape[0], n)
     _check_output_quantizer(out_inv_scale, out_zero_point, out_bits, n, "qlinear")
     _check_packed_output(out_packed, out_inv_scale, out_bits, n)
@@ -331,7 +362,7 @@ def _(
     return torch.empty(shape, dtype=out_dtype, device=x.device)
 
 
-@torch.library.custom_op("erq::qlinear_packed", mutates_args=())
+@_Op
 def qlinear_packed(
     x: Tensor,
     packed: Tensor,
@@ -430,7 +461,7 @@ def _(
     return torch.empty((x.shape[0], packed.shape[0]), dtype=dtype, device=x.device)
 
 
-@torch.library.custom_op("erq::qattention", mutates_args=())
+@_Op
 def qattention(
     q: Tensor,
     k: Tensor,
@@ -466,10 +497,10 @@ def qattention(
     """
     for name, codes in (("q", q), ("k", k), ("v", v)):
         _check_codes(name, codes, 4)
-        _require(
-            codes.shape == q.shape,
-            f"q, k and v must have one shape, got {list(q.shape)} and {list(codes.shape)}",
-        )
+        if codes.shape != q.shape:
+            raise ValueError(
+                f"q, k and v must have one shape, got {list(q.shape)} and {list(codes.shape)}"
+            )
     _check_bits(qk_bits)
     _check_bits(av_bits)
     zero_points = {"q": q_zero_point, "k": k_zero_point, "v": v_zero_point}
@@ -530,7 +561,7 @@ def _(
     return torch.empty((b, t, h, d), device=q.device)
 
 
-@torch.library.custom_op("erq::dequant_linear", mutates_args=())
+@_Op
 def dequant_linear(
     x: Tensor,
     packed: Tensor,
@@ -599,7 +630,7 @@ def _(
     return x.new_empty((x.shape[0], scale.shape[0]))
 
 
-@torch.library.custom_op("erq::pack", mutates_args=())
+@_Op
 def pack(codes: Tensor, bits: int, backend: str = "auto") -> Tensor:
     """Dense bit stream of codes; see `formats.pack`.
 
@@ -626,7 +657,7 @@ def _(codes: Tensor, bits: int, backend: str = "auto") -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=codes.device)
 
 
-@torch.library.custom_op("erq::unpack", mutates_args=())
+@_Op
 def unpack(packed: Tensor, bits: int, shape: Sequence[int], backend: str = "auto") -> Tensor:
     """Codes of a dense bit stream; see `formats.unpack`.
 
@@ -649,7 +680,7 @@ def _(packed: Tensor, bits: int, shape: Sequence[int], backend: str = "auto") ->
     return torch.empty(tuple(shape), dtype=torch.uint8, device=packed.device)
 
 
-@torch.library.custom_op("erq::repack", mutates_args=())
+@_Op
 def repack(
     packed: Tensor,
     bits: int,

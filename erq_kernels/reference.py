@@ -190,18 +190,29 @@ def qlinear_packed(
         k: input channels without padding. outliers: how many make the first segment, or 0.
         w_zero_point: int32 [N] of the first segment. w_zero_point2: of the second, or None.
     """
-    n, columns = packed.shape[0], x.shape[1]
-    codes = unpack(packed.reshape(-1), w_bits, (n, columns)).to(torch.int32)
-    split = -(-outliers // K_ALIGN) * K_ALIGN if outliers else columns
-    weight = codes - w_zero_point[:, None]
-    weight[:, outliers or k : split] = 0
-    if w_zero_point2 is not None:
-        weight[:, split:] = codes[:, split:] - w_zero_point2[:, None]
-        weight[:, split + k - outliers :] = 0
+    codes = unpack(packed.reshape(-1), w_bits, (packed.shape[0], x.shape[1]))
+    weight, split = center_ordered(codes, k, outliers, w_zero_point, w_zero_point2)
     return qlinear(
-        x, weight.to(torch.int8), scale, scale2, split, bias, act, layer_scale, residual,
-        out_dtype, out_inv_scale, out_zero_point, out_bits,
+        x, weight, scale, scale2, split, bias, act, layer_scale, residual, out_dtype,
+        out_inv_scale, out_zero_point, out_bits,
     )  # fmt: skip
+
+
+def center_ordered(
+    codes: Tensor, k: int, outliers: int, zero_point: Tensor, zero_point2: Tensor | None
+) -> tuple[Tensor, int]:
+    """(int8 weight [N, K'], length of its first segment) of codes [N, K'] in GEMM order.
+
+    Args:
+        codes: any at padding. k, outliers, zero_point, zero_point2: as `qlinear_packed`.
+    """
+    split = -(-outliers // K_ALIGN) * K_ALIGN if outliers else codes.shape[1]
+    weight = codes.to(torch.int32) - zero_point[:, None]
+    weight[:, outliers or k : split] = 0
+    if zero_point2 is not None:
+        weight[:, split:] = codes[:, split:].to(torch.int32) - zero_point2[:, None]
+        weight[:, split + k - outliers :] = 0
+    return weight.to(torch.int8), split
 
 
 def _centered(codes: Tensor, zero_point: Tensor, bits: int) -> Tensor:

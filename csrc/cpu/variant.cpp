@@ -17,7 +17,8 @@ int32_t detect() {
   if (!__get_cpuid(1, &a, &b, &c, &d)) return ERQ_PLAIN;
   const bool osxsave = c & bit_OSXSAVE, avx = c & bit_AVX, fma = c & bit_FMA, f16c = c & bit_F16C;
   if (!osxsave || !avx || !fma || !f16c || (saved_state() & 0x6) != 0x6) return ERQ_PLAIN;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return ERQ_PLAIN;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2) || !(b & bit_BMI2))
+    return ERQ_PLAIN;
   const unsigned wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   const unsigned wanted_c = bit_AVX512VNNI | bit_AVX512VBMI;
   const bool wide = (b & wanted) == wanted && (c & wanted_c) == wanted_c;

@@ -13,7 +13,7 @@ columns have their own zero point, and an operand times the ratio of the two sca
 dtype. Sums are fp32; float32 is multiplied in full precision, without TF32.
 
 Evidence: under Triton's interpreter (which multiplies bfloat16 as float32) within the bounds of
-tests/kernels/test_triton_dequant.py; compiled for sm_80 and sm_90. Not run on a GPU.
+tests/kernels/test_dequant.py; compiled for sm_80 and sm_90. Not run on a GPU.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ the result is the reference's bit by bit; erf and exp are within a few ulp of to
 move a code that lies on a rounding boundary. Codes equal the reference's for |out_zero_point| <
 2**22 − 256.
 
-Evidence: run in Triton's interpreter against the reference (tests/kernels/test_triton_qlinear.py),
+Evidence: run in Triton's interpreter against the reference (tests/kernels/test_qlinear.py),
 compiled for sm_80 to sm_120 (bench/static.py); not yet run on a GPU.
 """
 

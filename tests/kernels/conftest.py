@@ -1,32 +1,75 @@
-"""Where the kernels' tests run: on a CUDA device, or the Triton ones interpreted on the CPU."""
+"""Which backends the kernels' tests run, and where: Triton on a CUDA device or interpreted on the
+CPU, the CPU library in each of its instruction sets.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from erq_kernels import explain
+from erq_kernels import _cpu, dispatch, explain
 
 HAS_GPU = torch.cuda.is_available()
 
 
+BACKENDS = ("triton", *(f"cpu-{name}" for name in _cpu.VARIANTS))
+
+
+def _skip_unless_usable(backend: str, reason: str) -> None:
+    """Skip the test for a reason that is not "usable"; fail if ERQ_TEST_REQUIRE, names by commas,
+    has the backend."""
+    if reason == "usable":
+        return
+    if backend in os.environ.get("ERQ_TEST_REQUIRE", "").split(","):
+        pytest.fail(f"{backend} is required but {reason}")
+    pytest.skip(f"{backend}: {reason}")
+
+
+@contextmanager
+def _forced(name: str, patch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The device of one of BACKENDS, which runs every op meanwhile."""
+    backend, _, variant = name.partition("-")
+    device = torch.device("cuda" if HAS_GPU and backend == "triton" else "cpu")
+    if backend == "triton" and not HAS_GPU:
+        patch.setenv("TRITON_INTERPRET", "1")
+    x = torch.zeros(1, device=device)
+    zero_point = torch.zeros((), dtype=torch.int32, device=device)
+    _skip_unless_usable(backend, explain("quantize", x, x[0], zero_point, 4)[backend])
+    if not variant:
+        with dispatch.use(backend):
+            yield device
+        return
+    if variant not in _cpu.supported_variants():
+        pytest.skip(f"this processor has no {variant}")
+    with dispatch.use(backend), _cpu.use_variant(variant):
+        yield device
+
+
+@pytest.fixture(params=BACKENDS)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Device of a test's tensors, once per backend, which runs every op of the test."""
+    with _forced(request.param, monkeypatch) as device:
+        yield device
+
+
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Device of the tensors of Triton tests. Skips where Triton cannot run, or fails if
-    ERQ_TEST_REQUIRE, names by commas, has triton."""
-    device = torch.device("cuda" if HAS_GPU else "cpu")
-    if not HAS_GPU:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    reason = explain("pack", torch.zeros(1, dtype=torch.uint8, device=device), 4)["triton"]
-    if reason != "usable":
-        if "triton" in os.environ.get("ERQ_TEST_REQUIRE", "").split(","):
-            pytest.fail(f"triton is required but {reason}")
-        pytest.skip(f"triton: {reason}")
-    return device
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Device of a test of Triton's kernels alone, which run every op of the test."""
+    with _forced("triton", monkeypatch) as device:
+        yield device
+
+
+@pytest.fixture(params=_cpu.VARIANTS)
+def cpu_variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The name of an instruction set of the CPU library, which runs every op of the test."""
+    with _forced(f"cpu-{request.param}", monkeypatch):
+        yield request.param
 
 
 @pytest.fixture

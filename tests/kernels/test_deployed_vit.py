@@ -106,7 +106,7 @@ def swin() -> tuple[Any, Tensor]:
 
 
 @pytest.mark.parametrize("network", [golden_size, demo, swin])
-def test_triton_gives_the_codes_of_the_reference(network: Any, device: torch.device) -> None:
+def test_codes_of_the_reference(network: Any, device: torch.device) -> None:
     net, x = network()
-    check(net.to(device), x.to(device), "triton")
+    check(net.to(device), x.to(device), dispatch.chosen())
     net.to("cpu")

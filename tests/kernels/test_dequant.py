@@ -1,4 +1,4 @@
-"""The Triton dequantizing GEMM against the reference, in units of what its sums are made of."""
+"""Every backend's dequantizing GEMM against the reference, in units of what is summed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def build(
 
 
 def run(call: Call) -> Tensor:
-    return ops.dequant_linear(**call, backend="triton")
+    return ops.dequant_linear(**call)
 
 
 def weight_of(call: Call) -> Tensor:
@@ -125,17 +125,17 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 @pytest.mark.parametrize("m", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64])
 @pytest.mark.parametrize("k", [512, 515])  # whole words, and bytes
 def test_few_rows_share_their_columns(
-    m: int, k: int, device: torch.device, poison: None, launched: list[Launch]
+    m: int, k: int, triton_device: torch.device, poison: None, launched: list[Launch]
 ) -> None:
-    check(build(m, 40, k, 4, device, dtype=torch.float16, outliers=3))
+    check(build(m, 40, k, 4, triton_device, dtype=torch.float16, outliers=3))
     product, addition = launched[:2]
     parts = product.grid[1]
     assert parts == product.constants["SPLIT"] == addition.constants["SPLIT"] > 2
     assert product.args["out"].shape == (parts, m, 40)
 
 
-def test_many_rows_do_not(device: torch.device, launched: list[Launch]) -> None:
-    check(build(65, 40, 512, 4, device))
+def test_many_rows_do_not(triton_device: torch.device, launched: list[Launch]) -> None:
+    check(build(65, 40, 512, 4, triton_device))
     assert {launch.grid[1] for launch in launched} == {1}
 
 

@@ -1,4 +1,4 @@
-"""The Triton attention against the reference.
+"""The attention of every backend against the reference.
 
 Scores are exact. exp and log2 are not torch's, so a softmax code differs where −2 log2 p lies
 within their error of a rounding boundary: rows with such a probability are told apart in fp64 and
@@ -83,7 +83,7 @@ def with_codes(call: Call, bits: int, per_column: bool) -> Call:
 
 
 def run(call: Call) -> Tensor:
-    return ops.qattention(**call, backend="triton")
+    return ops.qattention(**call)
 
 
 def softmax_levels(call: Call) -> Tensor:
@@ -286,6 +286,6 @@ def test_nothing_in_nothing_out(device: torch.device) -> None:
         assert run(build(shape, device)).shape == (b, t, h, d)
 
 
-def test_heads_too_wide_are_refused_with_the_reason(device: torch.device) -> None:
+def test_heads_too_wide_are_refused_with_the_reason(triton_device: torch.device) -> None:
     with pytest.raises(RuntimeError, match="head dimension must not exceed 128, got 136"):
-        run(build((1, 1, 3, 136), device))
+        run(build((1, 1, 3, 136), triton_device))

@@ -1,4 +1,4 @@
-"""The Triton GEMM against the reference: bit by bit, or within its error after an activation.
+"""Every backend's GEMM against the reference: bit by bit, or as close after an activation.
 
 Codes are compared for equality; erf and exp differ from torch's in the last bits, which none of the
 values drawn here turns into another code.
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from erq_kernels import configs, explain, ops, reference
+from erq_kernels import configs, dispatch, explain, ops, reference
 from erq_kernels.configs import GemmConfig
 
 # An op's arguments by name.
@@ -56,7 +56,7 @@ def with_codes(call: Call, bits: int, per_column: bool) -> Call:
 
 
 def run(call: Call) -> Tensor:
-    return ops.qlinear(**call, backend="triton")
+    return ops.qlinear(**call)
 
 
 def expected(call: Call) -> Tensor:
@@ -64,7 +64,7 @@ def expected(call: Call) -> Tensor:
 
 
 def is_interpreted(device: torch.device) -> bool:
-    return device.type == "cpu"
+    return device.type == "cpu" and dispatch.chosen() == "triton"
 
 
 def cannot_run(config: GemmConfig, device: torch.device) -> str | None:
@@ -132,25 +132,25 @@ CONFIGS = {
 def test_every_way_to_cut_it_up(
     config: GemmConfig,
     first: int,
-    device: torch.device,
+    triton_device: torch.device,
     poison: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if reason := cannot_run(config, device):
+    if reason := cannot_run(config, triton_device):
         pytest.skip(reason)
     monkeypatch.setattr(configs, "choose", lambda *_: config)
-    call = with_codes(with_epilogue(build(70, 130, 224, first, device)), 8, True)
+    call = with_codes(with_epilogue(build(70, 130, 224, first, triton_device)), 8, True)
     assert torch.equal(run(call), expected(call))
 
 
 def test_descriptors_are_for_aligned_operands(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(configs, "choose", lambda *_: CONFIGS["descriptors"])
     for call in (
-        build(5, 33, 40, 0, device),  # a row stride of 40 bytes
-        build(5, 33, 96, 40, device),  # a second segment that begins at byte 40
-        build(5, 33, 97, 0, device) | {"split": 96},
+        build(5, 33, 40, 0, triton_device),  # a row stride of 40 bytes
+        build(5, 33, 96, 40, triton_device),  # a second segment that begins at byte 40
+        build(5, 33, 97, 0, triton_device) | {"split": 96},
     ):
         call["x"], call["weight"] = call["x"][:, :96], call["weight"][:, :96]
         assert torch.equal(run(call), expected(call))
@@ -287,7 +287,8 @@ def test_views_are_read_in_place(device: torch.device, poison: None) -> None:
 
 def test_what_it_refuses(device: torch.device) -> None:
     call = with_epilogue(build(2, 3, 32, 0, device))
-    assert explain("qlinear", **call)["triton"] == "usable"
+    backend = dispatch.chosen()
+    assert explain("qlinear", **call)[backend] == "usable"
     for change, reason in (
         ({"scale": call["scale"].double()}, "scale must be float32, got torch.float64"),
         ({"bias": call["bias"].half()}, "bias must be float32, got torch.float16"),
@@ -300,10 +301,10 @@ def test_what_it_refuses(device: torch.device) -> None:
             "out_dtype must be float16, bfloat16 or float32, got torch.float64",
         ),
     ):
-        assert explain("qlinear", **(call | change))["triton"] == reason
+        assert explain("qlinear", **(call | change))[backend] == reason
     # The dtype of a float result does not matter to codes.
     codes = with_codes(call, 4, False) | {"out_dtype": torch.float64}
-    assert explain("qlinear", **codes)["triton"] == "usable"
+    assert explain("qlinear", **codes)[backend] == "usable"
 
 
 def test_opcheck(device: torch.device) -> None:
@@ -311,7 +312,7 @@ def test_opcheck(device: torch.device) -> None:
         with_epilogue(build(3, 34, 64, 0, device)) | {"out_dtype": torch.float16, "act": "gelu"},
         with_codes(build(3, 34, 64, 32, device), 4, True),
     ):
-        torch.library.opcheck(torch.ops.erq.qlinear.default, (), call | {"backend": "triton"})
+        torch.library.opcheck(torch.ops.erq.qlinear.default, (), call)
 
 
 REAL = [(50432, 1152, 416, 32), (50432, 384, 1536, 0), (1576, 192, 224, 32), (197, 4096, 1024, 0)]
@@ -326,26 +327,26 @@ def test_real_shapes(
     n: int,
     k: int,
     first: int,
-    device: torch.device,
+    triton_device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if is_interpreted(device):
+    if is_interpreted(triton_device):
         pytest.skip("hours in the interpreter")
     if config is not None:
-        if reason := cannot_run(config, device):
+        if reason := cannot_run(config, triton_device):
             pytest.skip(reason)
         monkeypatch.setattr(configs, "choose", lambda *_: config)
-    call = with_codes(with_epilogue(build(m, n, k, first, device)), 4, True)
+    call = with_codes(with_epilogue(build(m, n, k, first, triton_device)), 4, True)
     want = expected(call)
     for _ in range(3):  # a race shows in some runs only
         assert torch.equal(run(call), want)
 
 
 def test_the_gluon_kernel_falls_back_where_it_cannot_run(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if cannot_run(CONFIGS["gluon"], device) is None:
+    if cannot_run(CONFIGS["gluon"], triton_device) is None:
         pytest.skip("it can run here")
     monkeypatch.setattr(configs, "choose", lambda *_: CONFIGS["gluon"])
-    call = build(5, 33, 96, 32, device)
+    call = build(5, 33, 96, 32, triton_device)
     assert torch.equal(run(call), expected(call))

@@ -1,4 +1,4 @@
-"""The Triton GEMM on packed weights against the reference, bit by bit."""
+"""Every backend's GEMM on packed weights against the reference, bit by bit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from erq_kernels import explain, formats, ops, reference
+from erq_kernels import dispatch, explain, formats, ops, reference
 
 # An op's arguments by name.
 Call = dict[str, Any]
@@ -54,7 +54,7 @@ def with_epilogue(call: Call) -> Call:
 
 
 def run(call: Call) -> Tensor:
-    return ops.qlinear_packed(**call, backend="triton")
+    return ops.qlinear_packed(**call)
 
 
 def check(call: Call) -> Tensor:
@@ -162,9 +162,10 @@ def test_views_are_read_as_they_are(device: torch.device) -> None:
 
 def test_what_it_refuses(device: torch.device) -> None:
     call = build(2, 3, 32, 4, device)
-    assert explain("qlinear_packed", **call)["triton"] == "usable"
+    backend = dispatch.chosen()
+    assert explain("qlinear_packed", **call)[backend] == "usable"
     reasons = explain("qlinear_packed", **call | {"bias": call["bias"].double()})
-    assert reasons["triton"] == "bias must be float32, got torch.float64"
+    assert reasons[backend] == "bias must be float32, got torch.float64"
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The Triton quantizer against the reference: every code equal."""
+"""The quantizer of every backend against the reference: every code equal."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from erq_kernels import ops, reference
 
 
 def check(x: Tensor, inv_scale: Tensor, zero_point: Tensor, bits: int) -> None:
-    got = ops.quantize(x, inv_scale, zero_point, bits, backend="triton")
+    got = ops.quantize(x, inv_scale, zero_point, bits)
     assert got.is_contiguous()
     assert torch.equal(got, reference.quantize(x, inv_scale, zero_point, bits))
-    assert torch.equal(ops.quantize(x, inv_scale, zero_point, bits, backend="triton"), got)
+    assert torch.equal(ops.quantize(x, inv_scale, zero_point, bits), got)
 
 
 def quantizer(columns: int | None, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def test_codes_equal_the_reference(
 def test_halves_round_to_even(zero_point: int, device: torch.device) -> None:
     x = torch.arange(-40, 41, device=device) / 2
     zero = torch.tensor(zero_point, dtype=torch.int32, device=device)
-    got = ops.quantize(x, torch.ones((), device=device), zero, 8, backend="triton")
+    got = ops.quantize(x, torch.ones((), device=device), zero, 8)
     assert torch.equal(got.int() + 128, (x.round().int() + zero_point).clamp(0, 255))
     check(x, torch.ones((), device=device), zero, 8)
 
@@ -88,4 +88,4 @@ def test_float64_is_refused_with_the_reason(device: torch.device) -> None:
     with pytest.raises(
         RuntimeError, match=r"must be float16, bfloat16 or float32, got torch\.float64"
     ):
-        ops.quantize(x, *quantizer(None, 4, device), 4, backend="triton")
+        ops.quantize(x, *quantizer(None, 4, device), 4)

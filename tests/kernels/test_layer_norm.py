@@ -1,4 +1,4 @@
-"""The Triton LayerNorm that writes codes, against the reference.
+"""The LayerNorm that writes codes, of every backend against the reference.
 
 The statistics are sums, which no two implementations round alike, so a code whose value lies on a
 rounding boundary may differ: by one, and rarely.
@@ -60,13 +60,13 @@ def distance_to_boundary(args: dict[str, Any]) -> Tensor:
 
 def check(args: dict[str, Any]) -> None:
     """Codes equal the reference's, but for values within fp32's error of a boundary."""
-    got = ops.layer_norm_quantize(**args, backend="triton")
+    got = ops.layer_norm_quantize(**args)
     want = reference.layer_norm_quantize(**args)
     assert got.shape == want.shape and got.dtype == torch.int8 and got.is_contiguous()
     different = got != want
     assert bool(((got.int() - want.int()).abs() <= 1).all())
     assert bool((distance_to_boundary(args)[different] < 2e-6 * 2 ** args["bits"]).all())
-    assert torch.equal(ops.layer_norm_quantize(**args, backend="triton"), got)
+    assert torch.equal(ops.layer_norm_quantize(**args), got)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -80,7 +80,7 @@ def test_codes_equal_the_reference(
 @pytest.mark.parametrize("bits", [4, 8])
 def test_few_codes_of_many_differ(bits: int, device: torch.device) -> None:
     args = make_args(26, 4000, bits, device, outliers=300)
-    got = ops.layer_norm_quantize(**args, backend="triton")
+    got = ops.layer_norm_quantize(**args)
     want = reference.layer_norm_quantize(**args)
     assert got.numel() > 1e5
     assert int((got.int() - want.int()).abs().max()) <= 1
@@ -105,17 +105,21 @@ def test_row_lengths(k: int, device: torch.device, poison: None) -> None:
 
 @pytest.mark.parametrize(("m", "programs"), [(0, 1), (1, 1), (2, 1), (9, 1), (33, 1), (7, 256)])
 def test_row_counts(
-    m: int, programs: int, device: torch.device, poison: None, monkeypatch: pytest.MonkeyPatch
+    m: int,
+    programs: int,
+    triton_device: torch.device,
+    poison: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # One row in each program, or several, of which the last program has fewer.
     monkeypatch.setattr(layer_norm_quantize, "_PROGRAMS", programs)
-    check(make_args(m, 33, 4, device, outliers=3))
+    check(make_args(m, 33, 4, triton_device, outliers=3))
 
 
 def test_padding_repeats_the_channel_that_the_order_names(device: torch.device) -> None:
     args = make_args(2, 40, 4, device, outliers=3)
-    got = ops.layer_norm_quantize(**args, backend="triton")
-    natural = ops.layer_norm_quantize(**{**args, "order": None}, backend="triton")
+    got = ops.layer_norm_quantize(**args)
+    natural = ops.layer_norm_quantize(**{**args, "order": None})
     assert got.shape[1] == 96
     assert torch.equal(got, natural[:, args["order"]])
 
@@ -137,7 +141,7 @@ def test_constant_and_enormous_rows(device: torch.device) -> None:
     check(args)
 
 
-def test_rows_too_long_are_refused_with_the_reason(device: torch.device) -> None:
-    args = make_args(1, 16385, 4, device)
+def test_rows_too_long_are_refused_with_the_reason(triton_device: torch.device) -> None:
+    args = make_args(1, 16385, 4, triton_device)
     with pytest.raises(RuntimeError, match="must not be longer than 16384, got 16385"):
-        ops.layer_norm_quantize(**args, backend="triton")
+        ops.layer_norm_quantize(**args)

@@ -1,0 +1,20 @@
+#define ERQ_VARIANT avx2
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/simd_avx2.h"
+
+#include "cpu/shared.inl"
+
+#include "cpu/attention.inl"
+#include "cpu/elementwise.inl"
+#include "cpu/qlinear.inl"
+
+const erq::Kernels erq::avx2::kernels = {
+    packed_bytes, pack_weight,    qlinear, layer_norm_quantize, quantize,
+    attention,    dequant_linear, pack,    unpack,
+};

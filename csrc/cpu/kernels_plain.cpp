@@ -1,0 +1,20 @@
+#define ERQ_VARIANT plain
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/simd_plain.h"
+
+#include "cpu/shared.inl"
+
+#include "cpu/attention.inl"
+#include "cpu/elementwise.inl"
+#include "cpu/qlinear.inl"
+
+const erq::Kernels erq::plain::kernels = {
+    packed_bytes, pack_weight,    qlinear, layer_norm_quantize, quantize,
+    attention,    dequant_linear, pack,    unpack,
+};
