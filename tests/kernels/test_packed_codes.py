@@ -75,7 +75,8 @@ def test_qattention(
     check(
         ops.qattention, backend, q, k, v, zero, zero, zero, score, p_inv, value, 4, 4,
         out_inv_scale=torch.rand(d, device=triton_device) * 4 + 4,
-        out_zero_point=torch.randint(6, 10, (d,), dtype=torch.int32, device=triton_device), out_bits=4,
+        out_zero_point=torch.randint(6, 10, (d,), dtype=torch.int32, device=triton_device),
+        out_bits=4,
     )  # fmt: skip
 
 
