@@ -51,10 +51,6 @@ _DEQUANT_LINEAR = struct.Struct("17q")
 _STREAM = struct.Struct("6q")
 
 
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-
-
 @dataclass(frozen=True)
 class _Library:
     """The loaded library: its functions take the bytes of their struct."""
@@ -69,6 +65,7 @@ class _Library:
     pack: Callable[[bytes], None]
     unpack: Callable[[bytes], None]
     set_parallel: Callable[[int], None]
+    compare: Callable[[int, int, int], int]
     best_variant: int
 
 
@@ -112,6 +109,8 @@ def _load() -> _Library | str:
     library.erq_cpu_set_parallel(_openmp_parallel())
     library.erq_cpu_packed_bytes.argtypes = [ctypes.c_int64] * 4
     library.erq_cpu_packed_bytes.restype = ctypes.c_int64
+    compare = ctypes.CDLL(None).memcmp
+    compare.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     functions = {}
     for name in (
         "pack_weight", "qlinear", "layer_norm_quantize", "quantize", "attention", "dequant_linear",
@@ -123,6 +122,7 @@ def _load() -> _Library | str:
     return _Library(
         packed_bytes=library.erq_cpu_packed_bytes,
         set_parallel=library.erq_cpu_set_parallel,
+        compare=compare,
         best_variant=library.erq_cpu_best_variant(),
         **functions,
     )
@@ -228,7 +228,7 @@ class _PackedWeight:
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether two int8 matrices of one shape hold the same; torch.equal takes ten times as long."""
     b = b.contiguous()
-    return bool(_memcmp(a.data_ptr(), b.data_ptr(), b.numel()) == 0)
+    return _library().compare(a.data_ptr(), b.data_ptr(), b.numel()) == 0
 
 
 # id of the source → its packed form; an entry goes with its source.
