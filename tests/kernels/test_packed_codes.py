@@ -32,10 +32,14 @@ def check(op: Any, backend: str, *args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize("shape", [(3, 70), (2, 3, 34), (1, 5000)])
 @pytest.mark.parametrize("per_column", [False, True])
 def test_quantize(
-    shape: tuple[int, ...], per_column: bool, backend: str, device: torch.device, poison: None
+    shape: tuple[int, ...],
+    per_column: bool,
+    backend: str,
+    triton_device: torch.device,
+    poison: None,
 ) -> None:
-    x = torch.randn(shape, device=device) * 2
-    scale, zero = quantizer(shape[-1] if per_column else None, device)
+    x = torch.randn(shape, device=triton_device) * 2
+    scale, zero = quantizer(shape[-1] if per_column else None, triton_device)
     check(ops.quantize, backend, x, scale, zero, 4)
     check(ops.quantize, backend, x.transpose(0, -2), scale, zero, 4)
 
@@ -43,33 +47,36 @@ def test_quantize(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("m", "k", "outliers"), [(5, 70, 0), (3, 100, 7), (1, 1030, 40)])
 def test_layer_norm_quantize(
-    m: int, k: int, outliers: int, backend: str, device: torch.device, poison: None
+    m: int, k: int, outliers: int, backend: str, triton_device: torch.device, poison: None
 ) -> None:
-    x = torch.randn(m, k, device=device)
+    x = torch.randn(m, k, device=triton_device)
     order = None
     if outliers:
         order, _, _ = formats.k_order(torch.arange(0, 2 * outliers, 2), k)
         assert order is not None
-        order = order.to(device)
-    one = torch.ones(k, device=device)
-    args = (x, one, one / 8, 1e-6, *quantizer(None, device), 4, order)
+        order = order.to(triton_device)
+    one = torch.ones(k, device=triton_device)
+    args = (x, one, one / 8, 1e-6, *quantizer(None, triton_device), 4, order)
     check(ops.layer_norm_quantize, backend, *args)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("t", "d"), [(17, 32), (70, 64), (5, 80), (300, 24)])
-def test_qattention(t: int, d: int, backend: str, device: torch.device, poison: None) -> None:
+def test_qattention(
+    t: int, d: int, backend: str, triton_device: torch.device, poison: None
+) -> None:
     q, k, v = (
-        torch.randint(0, 16, (2, 2, t, d), dtype=torch.int8, device=device) for _ in range(3)
+        torch.randint(0, 16, (2, 2, t, d), dtype=torch.int8, device=triton_device) for _ in range(3)
     )
-    zero = torch.tensor(8, dtype=torch.int32, device=device)
+    zero = torch.tensor(8, dtype=torch.int32, device=triton_device)
     score, p_inv, value = (
-        torch.tensor(s, device=device) for s in (0.02, 1.0, 0.5 if t < 100 else 1.0)
+        torch.tensor(s, device=triton_device) for s in (0.02, 1.0, 0.5 if t < 100 else 1.0)
     )
     check(
         ops.qattention, backend, q, k, v, zero, zero, zero, score, p_inv, value, 4, 4,
-        out_inv_scale=torch.rand(d, device=device) * 4 + 4,
-        out_zero_point=torch.randint(6, 10, (d,), dtype=torch.int32, device=device), out_bits=4,
+        out_inv_scale=torch.rand(d, device=triton_device) * 4 + 4,
+        out_zero_point=torch.randint(6, 10, (d,), dtype=torch.int32, device=triton_device),
+        out_bits=4,
     )  # fmt: skip
 
 
