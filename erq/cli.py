@@ -107,7 +107,8 @@ def _erq(
 ) -> None:
     """Post-training quantization of Vision Transformers: few bits, few images, one packed file.
 
-    MODEL is a timm name, or demo, the small model that is shipped. FILE is what erq quantize wrote.
+    MODEL is a timm name, torchvision:NAME, or demo, the small model that is shipped. FILE is what
+    erq quantize wrote.
     """
 
 

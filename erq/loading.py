@@ -1,4 +1,4 @@
-"""From a name on the command line to a model: timm's, a checkpoint, or the shipped demo model.
+"""From a name on the command line to a model: timm's, torchvision's, a checkpoint, or the demo's.
 
 Weights are read from safetensors alone, never unpickled, and a model never starts with random
 weights unless that was asked for.
@@ -27,6 +27,7 @@ from erq.models import adapter_named
 DEMO_METADATA = "erq_demo"
 """Metadata key of a .safetensors file that describes a full-precision VisionTransformer."""
 
+_TORCHVISION = "torchvision:"
 _HUB_SECONDS = 3.0
 _RANDOM_SEED = 0
 
@@ -47,7 +48,7 @@ class TimmOptions:
 
 
 def is_timm_name(name: str) -> bool:
-    """Whether `name` means one of timm's models, not a file or the shipped model."""
+    """Whether `name` means one of timm's or torchvision's models, no file or shipped model."""
     is_file = name.endswith(".safetensors") or (":" not in name and Path(name).is_file())
     return not is_file and name != "demo"
 
@@ -61,7 +62,8 @@ def load_model(
     """The model `name` in evaluation mode on `device`.
 
     Args:
-        name: a checkpoint of erq, a timm name, `demo`, or a file as the demo's.
+        name: a checkpoint of erq, a timm name, `torchvision:` and a name, `demo`, or a file as the
+            demo's.
         options: for a timm name only.
         backend: for a checkpoint only.
 
@@ -176,6 +178,8 @@ def _values(value: Any, channels: int) -> tuple[float, ...]:
 
 def _timm_model(name: str, options: TimmOptions) -> nn.Module:
     pretrained = options.weights is None and not options.random_weights
+    if name.startswith(_TORCHVISION):
+        return _torchvision_model(name, options)
     if pretrained and not name.startswith("local-dir:") and not _hub_answers():
         # Read when huggingface_hub is first imported: then a cached file is used, or none, at once.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -198,6 +202,46 @@ def _timm_model(name: str, options: TimmOptions) -> nn.Module:
                 f"{name}: timm's pretrained weights have {trained} classes, so a head with "
                 f"{classes} would be random; give --weights FILE.safetensors"
             )
+    return model.eval()
+
+
+def _torchvision_model(name: str, options: TimmOptions) -> nn.Module:
+    """torchvision's model behind `torchvision:NAME`, with the data config of its own presets."""
+    from torchvision import models
+
+    leaf = name.removeprefix(_TORCHVISION)
+    known = [n for n in models.list_models(module=models) if n.startswith("vit_")]
+    if leaf not in known:
+        raise ValueError(f"{name}: torchvision's covered models are {', '.join(known)}")
+    if options.weights is None and not options.random_weights:
+        raise ValueError(
+            f"{name}: torchvision's own weights are pickles, which are not loaded; give --weights "
+            "FILE.safetensors (safetensors.torch.save_file(model.state_dict(), …)), or "
+            "--random-weights for a trial"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_SEED)
+        try:
+            model: nn.Module = models.get_model(leaf, weights=None, **options.model_args)
+        except Exception as error:  # torchvision's asserts and whatever an argument breaks
+            raise ValueError(
+                f"torchvision cannot create {leaf} with {options.model_args}: "
+                f"{_first_sentence(error)}"
+            ) from error
+    if options.weights is not None:
+        load_weights(model, options.weights)
+    size = int(getattr(model, "image_size", 224))
+    config: Any = {
+        "architecture": name,
+        "input_size": (3, size, size),
+        "num_classes": int(getattr(model, "num_classes", 0)),
+        "interpolation": "bilinear",
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+    }
+    model.pretrained_cfg = config
     return model.eval()
 
 

@@ -299,6 +299,32 @@ def test_report_of_the_file_alone(place: Workplace, tmp_path: Path) -> None:
     assert bad.code == 2 and "needs --images" in bad.err
 
 
+def test_a_model_of_torchvision(place: Workplace, tmp_path: Path) -> None:
+    shape = {"image_size": 32, "num_classes": 10}
+    options = TimmOptions(random_weights=True, model_args=shape)
+    model, again = (load_model("torchvision:vit_b_32", options) for _ in range(2))
+    assert not model.training
+    states = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in states)
+    recipe = preprocessing(model)
+    assert (recipe.shape, recipe.interpolation, recipe.crop_pct) == ((3, 32, 32), "bilinear", 0.875)
+    state = {n: torch.full_like(t, 0.5) for n, t in model.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    loaded = load_model(
+        "torchvision:vit_b_32", TimmOptions(tmp_path / "w.safetensors", False, shape)
+    )
+    assert all(bool((t == 0.5).all()) for t in loaded.state_dict().values())
+
+    args = ("--images", place.npz, "--out", tmp_path / "q.safetensors")
+    for name, more, message in (
+        ("vit_b_32", (), "are pickles"),
+        ("resnet18", (), "covered models are vit_b_16"),
+        ("vit_b_32", ("--random-weights", "--model-arg", "image_size=33"), "cannot create"),
+    ):
+        refused = run("quantize", f"torchvision:{name}", *args, *more)
+        assert (refused.code, message in refused.err) == (1, True)
+
+
 def test_models_lists_what_is_covered_and_what_is_not() -> None:
     done = succeed("models")
     assert "swin_*" in done.out and "nn.MultiheadAttention" in done.out

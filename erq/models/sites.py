@@ -68,7 +68,7 @@ class ModelAdapter(Protocol):
         """
 
     def blocks(self, model: nn.Module) -> list[Block]:
-        """The blocks of a prepared model, in forward order."""
+        """The blocks of a prepared model, in forward order; of a raw one, too, if `raw_sites`."""
 
     def run_block(self, model: nn.Module, index: int, x: Tensor) -> Tensor:
         """Output of block `index` for its input `x`; of raw models, too, if `raw_sites`."""

@@ -588,6 +588,8 @@ def walk_layers(golden: Golden, heads: int, seed: int) -> Iterator[Layer]:
     """The layers of the file's folded network, in forward order, on its full-precision stream."""
     model = build_model(golden, "fp", "reparam", heads=heads)
     adapter = adapter_for(model)
+    if not adapter.raw_sites:
+        adapter.prepare(model)
     blocks = adapter.blocks(model)
     add_noise(model, [site for b in blocks for site in b.sites if site.kind in SOLVED], seed)
     stream = Stream(list(golden.get("images").split(CHUNK_IMAGES)))
