@@ -43,7 +43,9 @@ def test_a_whole_network(
     def call(op: str, backend: str, *args: Any) -> Any:
         if op == "qlinear":
             calls.append((dispatch.select(op, backend, *args), args[0].dtype))
-        return real(op, backend, *args)
+            return real(op, backend, *args)
+        # A norm or a softmax of another backend may move a code that lies on a boundary.
+        return real(op, "reference", *args)
 
     monkeypatch.setattr(dispatch, "call", call)
     with torch.no_grad():
