@@ -44,14 +44,22 @@ if [ -n "$smoke" ]; then
 	step models 240 "$python" bench/models.py --smoke --models deit_tiny_patch16_224 --batches 1 \
 		--engines torch --backends triton --seconds 0.1
 	step tune 240 "$python" bench/tune.py --smoke --out "$out/device"
+	step build 240 "$python" csrc/build.py erq_cuda_emulated --out "$out/device"
+	ERQ_CUDA_LIBRARY=$out/device/liberq_cuda_emulated.so \
+		step cuda 240 "$python" bench/exactness.py --smoke --backend cuda
 else
 	# The most telling first, should the machine be taken away.
 	export ERQ_TEST_REQUIRE=triton
-	step exactness 140 "$python" bench/exactness.py --seconds 100 --out "$out/device/exactness.jsonl"
-	step tests 110 "$python" -m pytest -q -p no:cacheprovider --maxfail=40 tests/kernels tests/test_graphs.py
-	step kernels 80 "$python" bench/kernels.py --batches 1,8,64,256 --seconds 0.15
-	step models 150 "$python" bench/models.py --models deit_small_patch16_224,vit_base_patch16_224 \
-		--batches 1,8,64,256 --engines compile-bf16,torch-bf16 --backends triton --seconds 1.5
+	step build 75 "$python" csrc/build.py erq_cuda
+	step exactness 120 "$python" bench/exactness.py --seconds 80 --out "$out/device/exactness.jsonl"
+	step tests 85 "$python" -m pytest -q -p no:cacheprovider --maxfail=40 tests/kernels tests/test_graphs.py
+	if command -v compute-sanitizer >/dev/null; then
+		step sanitizer 40 compute-sanitizer --tool memcheck --error-exitcode 9 \
+			"$python" bench/exactness.py --smoke --seconds 20 --backend cuda
+	fi
+	step kernels 55 "$python" bench/kernels.py --batches 1,8,64,256 --seconds 0.1
+	step models 105 "$python" bench/models.py --models deit_small_patch16_224,vit_base_patch16_224 \
+		--batches 1,8,64,256 --engines compile-bf16,torch-bf16 --backends triton --seconds 1
 fi
 echo "$failed steps failed; results in $out"
 exit $failed

@@ -51,10 +51,6 @@ _DEQUANT_LINEAR = struct.Struct("17q")
 _STREAM = struct.Struct("6q")
 
 
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-
-
 @dataclass(frozen=True)
 class _Library:
     """The loaded library: its functions take the bytes of their struct."""
@@ -69,6 +65,7 @@ class _Library:
     pack: Callable[[bytes], None]
     unpack: Callable[[bytes], None]
     set_parallel: Callable[[int], None]
+    compare: Callable[[int, int, int], int]
     best_variant: int
 
 
@@ -112,6 +109,8 @@ def _load() -> _Library | str:
     library.erq_cpu_set_parallel(_openmp_parallel())
     library.erq_cpu_packed_bytes.argtypes = [ctypes.c_int64] * 4
     library.erq_cpu_packed_bytes.restype = ctypes.c_int64
+    compare = ctypes.CDLL(None).memcmp
+    compare.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     functions = {}
     for name in (
         "pack_weight", "qlinear", "layer_norm_quantize", "quantize", "attention", "dequant_linear",
@@ -123,6 +122,7 @@ def _load() -> _Library | str:
     return _Library(
         packed_bytes=library.erq_cpu_packed_bytes,
         set_parallel=library.erq_cpu_set_parallel,
+        compare=compare,
         best_variant=library.erq_cpu_best_variant(),
         **functions,
     )
@@ -228,7 +228,7 @@ class _PackedWeight:
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether two int8 matrices of one shape hold the same; torch.equal takes ten times as long."""
     b = b.contiguous()
-    return bool(_memcmp(a.data_ptr(), b.data_ptr(), b.numel()) == 0)
+    return _library().compare(a.data_ptr(), b.data_ptr(), b.numel()) == 0
 
 
 # id of the source → its packed form; an entry goes with its source.
@@ -286,7 +286,9 @@ def qlinear(
     weight_offset: Tensor | None = None,
     out_packed: bool = False,
 ) -> Tensor:
-    """`reference.qlinear` with the weight packed once, as long as the tensor lives."""
+    """`reference.qlinear` with the weight packed once, as long as the tensor lives; 4-bit operands
+    and results are refused (`_why_not`).
+    """
     library, instructions = _library(), _variant_index()
     m, k = x.shape
     n = weight.shape[0]
@@ -535,6 +537,10 @@ def repack(
     return formats.center(codes, bits, zero_point, zero_point2, columns)
 
 
+# op → place of `out_packed` among its arguments.
+_OUT_PACKED = {"quantize": 4, "layer_norm_quantize": 8, "qlinear": 14, "qattention": 16}
+
+
 def _why_not(op: str, *args: Any, **kwargs: Any) -> str | None:
     library = _load()
     if isinstance(library, str):
@@ -543,13 +549,10 @@ def _why_not(op: str, *args: Any, **kwargs: Any) -> str | None:
     if not first.is_cpu:
         return f"needs tensors on the CPU, got one on {first.device}"
     place = _OUT_PACKED.get(op, len(args))
-    if kwargs.get("out_packed", place < len(args) and args[place]):
-        return "codes leave packed on the cuda backend only"
+    gives_packed = args[place] if len(args) > place else kwargs.get("out_packed")
+    if gives_packed or (op == "qlinear" and first.dtype == torch.uint8):
+        return "codes are int8 here, not packed: the CPU has no 4-bit products"
     return _REFUSALS[op](*args, **kwargs)
-
-
-# op → position of its argument out_packed.
-_OUT_PACKED = {"quantize": 4, "layer_norm_quantize": 8, "qlinear": 14, "qattention": 16}
 
 
 def _float_reason(name: str, dtype: torch.dtype) -> str | None:
@@ -577,8 +580,6 @@ def _qlinear_reason(
     *_: Any,
     **__: Any,
 ) -> str | None:
-    if x.dtype == torch.uint8:
-        return "packed operands are for the cuda backend"
     vectors = (("scale", scale), ("scale2", scale2), ("bias", bias), ("layer_scale", layer_scale))
     for name, vector in vectors:
         if vector is not None and vector.dtype != torch.float32:

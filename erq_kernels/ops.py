@@ -137,8 +137,8 @@ def _check_packed_output(
         raise ValueError("out_packed takes codes: give a quantizer of the result")
     if bits > 4 or columns % 2:
         raise ValueError(
-            f"out_packed takes codes of at most 4 bits and an even number of columns, got {bits} "
-            f"bits and {columns} columns"
+            "out_packed takes codes of at most 4 bits and an even number of columns, got "
+            f"{bits} bits and {columns} columns"
         )
 
 
@@ -297,22 +297,22 @@ def qlinear(
     """
     packed = x.dtype == torch.uint8
     if packed:
-        if x.dim() != 2 or weight.dim() != 2 or weight.dtype != torch.uint8:
+        if not (x.dim() == 2 and weight.dim() == 2 and weight.dtype == torch.uint8):
             raise ValueError(
                 f"packed x goes with packed weight, uint8 [M, K / 2] and [N, K / 2], got "
                 f"{list(x.shape)} and {weight.dtype} {list(weight.shape)}"
             )
+        if split % 2:
+            raise ValueError(f"a packed segment has an even length, got {split}")
     else:
         _check_codes("x", x, 2)
         _check_codes("weight", weight, 2)
     n, k = weight.shape[0], weight.shape[1] * (2 if packed else 1)
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"x has {x.shape[1]} columns, weight {weight.shape[1]}")
-    if packed and split % 2:
-        raise ValueError(f"a packed segment has an even length, got {split}")
     if weight_offset is not None:
         shape = (1 if scale2 is None else 2, n)
-        if not packed or weight_offset.dtype != torch.int32 or tuple(weight_offset.shape) != shape:
+        if not (packed and weight_offset.dtype == torch.int32 and weight_offset.shape == shape):
             raise ValueError(
                 f"weight_offset goes with packed operands and must be int32 {list(shape)}, got "
                 f"{weight_offset.dtype} {list(weight_offset.shape)}"

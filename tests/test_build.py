@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -95,3 +96,9 @@ def test_an_unknown_name_is_refused() -> None:
     )
     assert done.returncode == 2
     assert "unknown library 'erq_tpu'; choose from erq_cpu" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler found (cc)")
+def test_the_interface_is_plain_c() -> None:
+    command = ["cc", "-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", "-fsyntax-only"]
+    subprocess.run([*command, "-x", "c", str(ROOT / "csrc" / "erq.h")], check=True)

@@ -445,12 +445,12 @@ class QuantLinear(_PackedWeight):
         Args:
             packed: codes are to come packed (`packs_codes`).
         """
-        return {
+        quantizer = {
             "out_inv_scale": self.x_inv_scale,
             "out_zero_point": self.x_zero_point,
             "out_bits": self.a_bits,
-            "out_packed": packed,
         }
+        return quantizer | {"out_packed": True} if packed else quantizer
 
     def packs_codes(self) -> bool:
         """Whether a kernel for packed 4-bit codes [M, K' / 2] runs this layer on its device."""

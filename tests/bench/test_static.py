@@ -70,23 +70,18 @@ def test_every_kernel_on_sm_90() -> None:
             assert {mma.split(".")[0] for mma in report["mma"]} == {kind}
             assert report["mma_in_loop"] > 0
             assert report["programs"] >= 2
-            if name.endswith((" tma", " gluon")):
-                assert set(report["load_bytes"]) == {"tma"}
+            # Few rows go to mma.sync, and their tiles through pointers.
+            pointers = "head" in name or name.endswith(" pointers")
+            assert set(report["load_bytes"]) == {"16" if pointers else "tma"}
             # Only Gluon's products stay in flight while the loop goes on.
             waits = {"IMMA": None, "IGMMA": 1 if name.endswith(" gluon") else 0}
             assert report["wait_group"] == waits[kind]
     assert {"qlinear qkv gluon", "qlinear fc1 dual gelu gluon"} <= found.keys()
-    for name in ("qlinear qkv tma", "qlinear qkv gluon"):
+    for name in ("qlinear qkv", "qlinear qkv gluon"):
         report = found[name]
         assert report["mma"] == {"IGMMA.64x128x32.S8.S8": 4}
         assert report["registers"] <= 128
         assert report["shared_bytes"] <= 100 * 1024
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [86, 89, 100, 120])
-def test_every_kernel_on_other_architectures(arch: int) -> None:
-    assert {name.split()[0] for name in reports("--arch", str(arch))} == OPS
 
 
 def test_what_is_wrong_is_reported() -> None:
