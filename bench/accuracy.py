@@ -10,6 +10,7 @@ A run takes about a minute and adds one JSON line to bench/results/; --resume ke
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import statistics
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import REAL, ROOT, ResultFile, Task, real_task
+from cases import REAL, RESULTS, ROOT, ResultFile, Task, device_name, real_task
 from torch import Tensor
 
 from erq.config import QuantConfig
@@ -129,7 +130,8 @@ def run(task: Task, name: str, bits: str, draw: int, full: Tensor) -> dict[str, 
 
 def cell(rows: list[dict[str, Any]], name: str, bits: str) -> str:
     """Mean and, over several draws, standard deviation of one setting at one width."""
-    values = [r["top1"] for r in rows if r["method"] == name and r.get("bits") == bits]
+    mine = [r for r in rows if r["method"] == name and r.get("bits") == bits]
+    values = list({r["draw"]: r["top1"] for r in mine}.values())  # a draw may stand in two files
     if not values:
         return ""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -166,7 +168,7 @@ def setting_tables(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(
         (
             markdown(["top-1 %", *(a.upper() for a in GRID_ACTIVATIONS)], grid),
-            markdown(["weights, A4", "top-1 %", "share of weights at each width"], mixed),
+            markdown(["weights, A4", "top-1 %", "layers at each width"], mixed),
             markdown(["top-1 %", *(b.upper() for b in VARIANT_BITS)], variants),
         )
     )
@@ -177,8 +179,16 @@ def _spread_of_widths(rows: list[dict[str, Any]], bits: str) -> str:
     for row in rows:
         if row.get("bits") == bits and "widths" in row:
             widths = list(row["widths"].values())
-            return ", ".join(f"{widths.count(w)} layers at {w}" for w in sorted(set(widths)))
+            return ", ".join(f"{widths.count(w)} at {w}" for w in sorted(set(widths)))
     return ""
+
+
+def methods_rows(draws: int) -> list[dict[str, Any]]:
+    """The default method's runs of the suite of methods, of the first draws."""
+    path = RESULTS / device_name() / "accuracy.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return [r for r in rows if r["method"] == "erq" and r["draw"] < draws]
 
 
 def write_docs(tables: str, suite: str) -> None:
@@ -201,6 +211,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--name", help="of the result file; accuracy, or settings")
     parser.add_argument("--resume", action="store_true", help="keep the runs already in that file")
+    parser.add_argument("--no-run", action="store_true", help="tables of what was run, no more")
     parser.add_argument("--docs", action="store_true", help="write the tables to docs/accuracy.md")
     args = parser.parse_args()
     methods, widths = args.methods.split(","), args.bits.split(",")
@@ -215,19 +226,23 @@ def main() -> None:
     full = logits(task.model, task.test)
     top1 = 100 * float((full.argmax(1) == task.labels).float().mean())
     results = ResultFile(
-        args.name or {"methods": "accuracy"}.get(args.suite, args.suite), args.resume
+        args.name or {"methods": "accuracy"}.get(args.suite, args.suite),
+        args.resume or args.no_run,
     )
     if not results.rows():
         results.add({"task": task.name, "method": "full precision", "top1": round(top1, 2)})
+    # What the suite of methods has run already is not run again.
+    before = [] if args.suite == "methods" else methods_rows(args.draws)
     for draw, (name, bits) in product(range(args.draws), cells):
-        done = {(r["method"], r.get("bits"), r.get("draw")) for r in results.rows()}
-        if (name, bits, draw) in done:
+        rows = before + results.rows()
+        done = {(r["method"], r.get("bits"), r.get("draw")) for r in rows}
+        if args.no_run or (name, bits, draw) in done:
             continue
         row = run(task, name, bits, draw, full)
         results.add(row)
         print(f"{name:8} {bits} draw {draw}: {row['top1']:.2f}", flush=True)
 
-    rows = results.rows()
+    rows = before + results.rows()
     if args.suite == "settings":
         tables = setting_tables(rows)
     else:
