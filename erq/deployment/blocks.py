@@ -239,12 +239,13 @@ class QuantBlock(nn.Module):
         mlp: Any = self.mlp
         rows = x.reshape(-1, x.shape[-1])
         fc1, fc2 = mlp.fc1, mlp.fc2
-        fc2_packs = fc2.packs_codes() and fc2.operands.order is None
+        fc1_packs = fc1.packs_codes()
+        # Only the 4-bit kernel writes codes packed.
+        fc2_packs = fc1_packs and fc2.packs_codes() and fc2.operands.order is None
         codes = ops.layer_norm_quantize(
-            *_norm_arguments(rows, self.norm2, fc1), fc1.packs_codes(), backend=fc1.backend
+            *_norm_arguments(rows, self.norm2, fc1), fc1_packs, backend=fc1.backend
         )
-        out_packed = fc2_packs and fc1.packs_codes()
-        codes = fc1.multiply(codes, act=self.act, **fc2.input_quantizer(out_packed))
+        codes = fc1.multiply(codes, act=self.act, **fc2.input_quantizer(fc2_packs))
         return self._project(fc2, codes, self.ls2, rows).reshape(x.shape)
 
     @staticmethod

@@ -275,8 +275,8 @@ class QuantLinear(_PackedWeight):
         self.register_buffer("x_zero_point", None if floating else zero)
         self._derive(x_inv_scale=None)
         self._operands: GemmOperands | None = None
-        # The weight of `pack_weight`, made when it is first asked for; () if it does not fit.
-        self._nibbles: tuple[Tensor, Tensor | None] | tuple[()] | None = None
+        # The weight of `pack_weight` where the 4-bit kernel runs the layer, else None.
+        self._nibbles: tuple[Tensor, Tensor | None] | None = None
         self._layout = "int8"
 
     @classmethod
@@ -384,8 +384,8 @@ class QuantLinear(_PackedWeight):
             kept = order_packed(self.packed, self.w_bits, n, k, self.dual_columns)
             operands = replace(operands, weight=kept)
         self._operands = operands
-        self._nibbles = None
         self._derive(x_inv_scale=self.x_scale.reciprocal())
+        self._choose_packing()
 
     @property
     def layout(self) -> str:
@@ -454,22 +454,29 @@ class QuantLinear(_PackedWeight):
 
     def packs_codes(self) -> bool:
         """Whether a kernel for packed 4-bit codes [M, K' / 2] runs this layer on its device."""
-        nibbles = self._nibbles
-        if self._layout != "int8" or max(self.w_bits, self.a_bits) > 4:
-            return False
+        return self._nibbles is not None and dispatch.chosen(self.backend) in ("auto", "cuda")
+
+    def _choose_packing(self) -> None:
+        """Pack the weight for the 4-bit kernel if that runs the layer: once, not on every call."""
+        self._nibbles = None
+        narrow = max(self.w_bits, self.a_bits) <= 4 and self._layout == "int8"
+        if self._operands is None or not narrow:
+            return
         if dispatch.chosen(self.backend) not in ("auto", "cuda"):
-            return False
+            return
+        # Asked of int8 operands first: where the library cannot run, no weight is packed for it.
+        arguments = self._gemm_arguments(self._operands.weight[:1])
+        if dispatch.why_not("qlinear", "cuda", *arguments) is not None:
+            return
+        nibbles = pack_weight(self._operands.weight, self._operands.split)
         if nibbles is None:
-            weight = pack_weight(self.operands.weight, self.operands.split)
-            nibbles = self._nibbles = weight or ()
-        if not nibbles:
-            return False
-        arguments = self._gemm_arguments(nibbles[0][:1])
-        epilogue = {"weight_offset": nibbles[1]}
-        return (
-            dispatch.why_not(self.gemm, "cuda", *arguments, **epilogue) is None
-            and dispatch.select(self.gemm, self.backend, *arguments, **epilogue) == "cuda"
-        )
+            return
+        weight, offset = nibbles
+        arguments = (weight[:1], weight, *arguments[2:])
+        if dispatch.why_not("qlinear", "cuda", *arguments, weight_offset=offset) is not None:
+            return
+        chosen = dispatch.select("qlinear", self.backend, *arguments, weight_offset=offset)
+        self._nibbles = nibbles if chosen == "cuda" else None
 
     @property
     def operands(self) -> GemmOperands:
@@ -510,6 +517,7 @@ class QuantLinear(_PackedWeight):
         x = torch.empty(1, self.in_features, device=self.packed.device)
         quantizer = (self.x_inv_scale, self.x_zero_point, self.a_bits)
         dispatch.select("quantize", self.backend, x, *quantizer)
+        self._choose_packing()  # for the backend that is asked now
         if self.packs_codes():
             return "cuda"
         codes = self.in_gemm_order(torch.empty_like(x, dtype=torch.int8))
@@ -525,7 +533,7 @@ class QuantLinear(_PackedWeight):
                 for v in [getattr(o, f.name)]
             }
             self._operands = GemmOperands(**moved)
-        self._nibbles = None
+        self._choose_packing()
         return self
 
     def extra_repr(self) -> str:

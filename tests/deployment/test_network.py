@@ -306,6 +306,15 @@ def test_compiled_network_computes_the_same(compiler: str, net: Any) -> None:
 
 
 @torch.no_grad()
+def test_network_on_any_backend_compiles_to_one_graph(tiny_vit: Build) -> None:
+    net = erq.deploy(erq.quantize(tiny_vit(embed_dim=32), torch.randn(4, 3, 16, 16)), "auto")
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(compiled(x), net(x))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_network_computes_the_same(strict: bool, net: Any) -> None:
     x = torch.randn(2, 3, 16, 16)
