@@ -7,6 +7,7 @@ stderr; `--debug` adds the traceback. What imports torch is imported by the comm
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import traceback
@@ -41,9 +42,15 @@ from erq.options import (
 )
 
 if TYPE_CHECKING:
-    from erq.data import ImageSource, Preprocessing
+    import torch
+
+    from erq.data import Selection
+    from erq.ranks import Ranks
 
 INTERRUPTED = 130
+SHARED = ("quantize", "eval")
+"""Commands that several ranks can share."""
+
 SITE_IMAGES = 32
 """Images on which the layers are compared one by one."""
 
@@ -58,17 +65,45 @@ class _Commands(TyperGroup):
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt as error:
-            _say(ctx, "interrupted")
+            if _speaks(ctx):
+                _say(ctx, "interrupted")
             raise typer.Exit(INTERRUPTED) from error
         except Exception as error:
+            speaks = _speaks(ctx)
             if getattr(error, "exit_code", 1) == 2 and hasattr(error, "format_message"):
-                _say(ctx, f"{error.format_message().rstrip('.')}; see --help")
+                if speaks:
+                    _say(ctx, f"{error.format_message().rstrip('.')}; see --help")
                 raise typer.Exit(2) from error
             if (ctx.obj or {}).get("debug"):
                 traceback.print_exc()
             known = isinstance(error, ValueError | OSError | RuntimeError | MemoryError)
-            _say(ctx, f"{error}" if known and str(error) else f"{type(error).__name__}: {error}")
+            text = f"{error}" if known and str(error) else f"{type(error).__name__}: {error}"
+            if speaks:
+                _say(ctx, text)
             raise typer.Exit(1) from error
+
+
+def _speaks(ctx: Any) -> bool:
+    """Whether this process says why the command failed: of several ranks one does."""
+    ranks = (ctx.obj or {}).get("ranks")
+    if ranks is not None:
+        return bool(ranks.reports_failure())
+    return not _is_rank() or os.environ.get("RANK") == "0"
+
+
+def _is_rank() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def _join(ctx: typer.Context, device: torch.device) -> Ranks:
+    """The ranks that share this command; they part when it has ended, and said how."""
+    from erq.ranks import launched
+
+    root = ctx.find_root()
+    ranks = root.with_resource(launched(device))
+    root.obj = {**(root.obj or {}), "ranks": ranks}
+    return ranks
 
 
 def _say(ctx: Any, text: str) -> None:
@@ -101,6 +136,7 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def _erq(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version)
     ] = False,
@@ -110,6 +146,11 @@ def _erq(
     MODEL is a timm name, torchvision:NAME, or demo, the small model that is shipped. FILE is what
     erq quantize wrote.
     """
+    if _is_rank() and ctx.invoked_subcommand not in SHARED:
+        raise typer.BadParameter(
+            f"runs in one process: torchrun starts erq {' and erq '.join(SHARED)} alone",
+            param_hint=f"erq {ctx.invoked_subcommand}",
+        )
 
 
 @app.command()
@@ -135,6 +176,7 @@ def demo(
 
 @app.command()
 def quantize(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="timm name, or demo.")],
     images: Source,
     out: Annotated[Path, typer.Option(help="The packed .safetensors file to write.")],
@@ -158,25 +200,34 @@ def quantize(
     method: Annotated[str | None, typer.Option(help="erq, repq, gptq or rtn.")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="ERQ's settings as published.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of the drawing of images; default 0.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Keep what is done in OUT.resume, and go on from there after an interruption.",
+        ),
+    ] = False,
     backend: Backend = "auto",
     device: Device = "auto",
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize a model and write one packed file."""
+    """Quantize a model and write one packed file; torchrun shares the work among processes."""
     start = time.perf_counter()
     settings = as_settings(bits, method, changes or [], seed, paper)
     options = as_timm_options([model], weights, random_weights, model_arg)
     check_backend_name(backend)
     where = as_device(device)
     check_folder(out)
+    ranks = _join(ctx, where)
     from erq import pipeline
-    from erq.data import open_images
+    from erq.data import Selection, open_images
     from erq.deployment import checkpoint
     from erq.deployment.convert import deploy
     from erq.inputs import preprocessing
     from erq.loading import load_model
+    from erq.record import remove_record
     from erq.report import Output, bits_table, megabytes
 
     output = Output(json, quiet)
@@ -184,10 +235,14 @@ def quantize(
     full = load_model(model, options, where)
     if hasattr(full, "erq_info"):
         raise ValueError(f"{model} is quantized already; name the full-precision model")
-    chosen = source.batches(preprocessing(full), source.draw(n, settings.seed))
+    chosen = Selection(source, preprocessing(full), source.draw(n, settings.seed))
+    state = out.with_name(f"{out.name}.resume") if resume else None
     sim: Any = pipeline.quantize(
-        full, chosen, settings, target_bits=target_bits, progress=not quiet
-    )
+        full, chosen, settings, target_bits=target_bits, progress=not quiet and ranks.first,
+        ranks=ranks, resume=state,
+    )  # fmt: skip
+    if not ranks.first:
+        return
     net: Any = deploy(sim, backend)
     command = quantize_command(
         model, images, bits, n, target_bits, weights, random_weights, model_arg, changes, method,
@@ -196,6 +251,8 @@ def quantize(
     origin = net.erq_info.calibration | {"command": command}
     net.erq_info = replace(net.erq_info, calibration=origin)
     checkpoint.save(net, out)
+    if state is not None:
+        remove_record(state)
 
     header, size = checkpoint.inspect(out), out.stat().st_size
     fp32 = 4 * sum(t.numel() for t in full.state_dict().values())
@@ -225,6 +282,7 @@ def quantize(
 
 @app.command("eval")
 def evaluate(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="FILE|MODEL")],
     images: Source,
     reference: Annotated[
@@ -257,8 +315,9 @@ def evaluate(
     options = as_timm_options([model, reference or model], weights, random_weights, model_arg)
     check_backend_name(backend)
     where = as_device(device)
+    ranks = _join(ctx, where)
     from erq import evaluation
-    from erq.data import open_images
+    from erq.data import Selection, open_images
     from erq.inputs import preprocessing
     from erq.loading import load_model
     from erq.report import Output, evaluation_table, site_table
@@ -275,8 +334,11 @@ def evaluate(
     indices = list(range(source.size))
     if limit is not None:
         indices = sorted(source.draw(limit, seed=0))
-    shown = _with_bar(source, preprocessing(net), indices, not quiet)
-    found = evaluation.evaluate(net, shown, reference=other)
+    chosen = Selection(source, preprocessing(net), indices)
+    shown = _with_bar(chosen, not quiet) if ranks.alone else chosen
+    found = evaluation.evaluate(net, shown, reference=other, ranks=ranks)
+    if not ranks.first:
+        return
     quality: dict[str, float] = {}
     wanted = source.labels is None if sites is None else sites
     if wanted and other is not None and hasattr(net, "erq_info"):
@@ -335,7 +397,7 @@ def report(
     check_folder(stem.with_name(f"{stem.name}.html"))
     if reference is not None and images is None:
         raise typer.BadParameter("needs --images to compare on", param_hint="--reference")
-    from erq.data import open_images
+    from erq.data import Selection, open_images
     from erq.evaluation import evaluate as measure
     from erq.evaluation import site_sqnr
     from erq.inputs import preprocessing
@@ -356,7 +418,8 @@ def report(
         if limit is not None:
             indices = sorted(source.draw(limit, seed=0))
         recipe = preprocessing(net)
-        found = measure(net, _with_bar(source, recipe, indices, not quiet), reference=other)
+        shown = _with_bar(Selection(source, recipe, indices), not quiet)
+        found = measure(net, shown, reference=other)
         if other is not None:
             quality = site_sqnr(net, source.batches(recipe, indices[:SITE_IMAGES]), other)
     twin = full_precision_twin(net).to(where)
@@ -523,14 +586,12 @@ def info(
     )
 
 
-def _with_bar(
-    source: ImageSource, preprocessing: Preprocessing, indices: list[int], shown: bool
-) -> Iterator[Any]:
-    """Batches of the source, with a bar on a terminal."""
+def _with_bar(chosen: Selection, shown: bool) -> Iterator[Any]:
+    """Batches of the images, with a bar on a terminal."""
     from erq.data import BATCH_IMAGES
     from erq.progress import Progress
 
-    with Progress(-(-len(indices) // BATCH_IMAGES), enabled=shown) as bar:
-        for batch in source.batches(preprocessing, indices):
+    with Progress(-(-len(chosen.indices) // BATCH_IMAGES), enabled=shown) as bar:
+        for batch in chosen:
             bar.update("evaluating")
             yield batch

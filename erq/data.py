@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from erq.ranks import ALONE, Ranks
+
 CHUNK_IMAGES = 16
 """Images of one forward pass during calibration."""
 
@@ -73,17 +75,25 @@ def batches(images: Images) -> Iterable[tuple[Any, Any]]:
 
 
 def calibration_chunks(
-    images: Images, shape: tuple[int, int | None, int | None], device: torch.device
+    images: Images,
+    shape: tuple[int, int | None, int | None],
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> list[Tensor]:
     """All calibration images in chunks of at most CHUNK_IMAGES, checked, fp32, on `device`.
+
+    Args:
+        ranks: keeps those chunks that are this rank's; the others are on the meta device, without
+            data. Of a `Selection` only this rank's images are read.
 
     Raises:
         ValueError: fewer than two images, of different sizes, or that the model does not take.
     """
-    chunks: list[Tensor] = []
-    for batch, _ in batches(images):
-        checked = check_images(batch, shape)
-        chunks.extend(c.to(device, torch.float32) for c in checked.split(CHUNK_IMAGES) if len(c))
+    own: dict[int, Tensor] = {}
+    for number, batch in _own_chunks(images, shape, ranks):
+        own[number] = batch.to(device, torch.float32)
+    shapes = ranks.merge({number: tuple(c.shape) for number, c in own.items()})
+    chunks = [own[n] if n in own else torch.empty(s, device="meta") for n, s in shapes.items()]
     count = sum(len(c) for c in chunks)
     if count < 2:
         raise ValueError(f"calibration needs at least 2 images, 32 are usual, got {count}")
@@ -92,6 +102,34 @@ def calibration_chunks(
         shown = " and ".join(f"{h}×{w}" for h, w in sizes[:2])
         raise ValueError(f"calibration images must all have one size, got {shown}: resize them")
     return chunks
+
+
+def _own_chunks(
+    images: Images, shape: tuple[int, int | None, int | None], ranks: Ranks
+) -> Iterator[tuple[int, Tensor]]:
+    """Number and images of this rank's chunks, checked."""
+    if isinstance(images, Selection):
+        for number, (batch, _) in images.own(ranks, CHUNK_IMAGES):
+            yield number, check_images(batch, shape)
+        return
+    count = 0
+    for batch, _ in batches(images):
+        for chunk in check_images(batch, shape).split(CHUNK_IMAGES):
+            if len(chunk):
+                if ranks.owns(count):
+                    yield count, chunk
+                count += 1
+
+
+def own_batches(images: Images, ranks: Ranks) -> Iterator[tuple[int, tuple[Any, Any]]]:
+    """Number and (batch, labels or None) of the batches that are this rank's.
+
+    Of a `Selection` only these are read; every other source must give each rank the same batches.
+    """
+    if isinstance(images, Selection):
+        yield from images.own(ranks, BATCH_IMAGES)
+    else:
+        yield from (item for item in enumerate(batches(images)) if ranks.owns(item[0]))
 
 
 @dataclass(frozen=True)
@@ -212,6 +250,29 @@ class ImageSource:
                 images.append(image.float())
             labels = None if self.labels is None else self.labels[list(part)]
             yield torch.stack(images), labels
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Images of a source, in this order: batches for whoever iterates, or a rank's part of them."""
+
+    source: ImageSource
+    preprocessing: Preprocessing
+    indices: Sequence[int]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        return self.source.batches(self.preprocessing, self.indices)
+
+    def own(self, ranks: Ranks, size: int) -> Iterator[tuple[int, tuple[Tensor, Tensor | None]]]:
+        """Number and batch, of `size` images but for the last one, of the batches of this rank.
+
+        Args:
+            size: 1..BATCH_IMAGES.
+        """
+        for start in range(ranks.rank * size, len(self.indices), ranks.size * size):
+            part = self.indices[start : start + size]
+            for batch in self.source.batches(self.preprocessing, part):
+                yield start // size, batch
 
 
 @dataclass(frozen=True)

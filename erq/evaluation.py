@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erq.data import Images, check_images
+from erq.data import Images, check_images, own_batches
 from erq.data import batches as iterate
 from erq.deployment.blocks import module_by_module
 from erq.inputs import class_names, image_shape, inference, placement
 from erq.models import carry_over, prepared_twin
+from erq.ranks import ALONE, Ranks
 
 _SITE_IMAGES = 8
 """Images whose outputs of all layers are held at once."""
@@ -62,7 +63,9 @@ class _Sums:
     noise: float = 0.0
 
 
-def evaluate(net: nn.Module, batches: Images, reference: nn.Module | None = None) -> Evaluation:
+def evaluate(
+    net: nn.Module, batches: Images, reference: nn.Module | None = None, ranks: Ranks = ALONE
+) -> Evaluation:
     """Compare a network with labels, with a reference network, or with both, batch by batch.
 
     Both networks run in evaluation mode, each on its own device. A tuple of logits, which distilled
@@ -73,6 +76,8 @@ def evaluate(net: nn.Module, batches: Images, reference: nn.Module | None = None
         batches: float [N, C, H, W], already normalised, or an iterable of such batches or of
             (batch, integer labels [N]).
         reference: usually the full-precision model; it sees the same images.
+        ranks: processes that share the batches (`erq.ranks.launched`); each calls with the same
+            arguments and gets the same figures, those of one process alone.
 
     Returns:
         Percentages and errors over all images.
@@ -81,10 +86,10 @@ def evaluate(net: nn.Module, batches: Images, reference: nn.Module | None = None
         ValueError: no images, images that the network does not take, labels that do not fit, or
             outputs that are not finite logits.
     """
-    sums = _Sums()
+    own: dict[int, _Sums] = {}
     with inference(net, reference):
-        for index, (x, labels) in enumerate(_items(batches)):
-            where = f"batch {index}"
+        for index, (x, labels) in own_batches(_checked_source(batches), ranks):
+            sums = own[index] = _Sums()
             images = _checked(x, net)
             logits = _logits(net, images, "the network")
             other = None if reference is None else _logits(reference, images, "the reference")
@@ -94,9 +99,15 @@ def evaluate(net: nn.Module, batches: Images, reference: nn.Module | None = None
                 )
             sums.n += len(images)
             if labels is not None:
-                _add_labelled(sums, logits, other, _check_labels(labels, logits, where))
+                checked = _check_labels(labels, logits, f"batch {index}")
+                _add_labelled(sums, logits, other, checked)
             if other is not None:
                 _add_compared(sums, logits, other)
+    # Batch by batch, so that the order of the sums does not depend on who had which.
+    sums = _Sums()
+    for part in ranks.merge(own).values():
+        for name, value in vars(part).items():
+            setattr(sums, name, getattr(sums, name) + value)
     if sums.n == 0:
         raise ValueError("no images to evaluate")
     if sums.labelled not in (0, sums.n):
@@ -218,13 +229,17 @@ def _checked(x: Any, net: nn.Module) -> Tensor:
     return check_images(x, image_shape(net) or (channels, None, None))
 
 
-def _items(batches: Any) -> Iterable[tuple[Any, Any]]:
+def _checked_source(batches: Any) -> Any:
     if not isinstance(batches, Iterable):
         raise ValueError(
             "batches must be a float tensor [N, C, H, W] or an iterable of such batches or of "
             f"(batch, labels), got {type(batches).__name__}"
         )
-    return iterate(batches)
+    return batches
+
+
+def _items(batches: Any) -> Iterable[tuple[Any, Any]]:
+    return iterate(_checked_source(batches))
 
 
 def _logits(net: nn.Module, images: Tensor, who: str) -> Tensor:

@@ -10,14 +10,17 @@ and solved on the full-precision stream alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,9 +36,18 @@ from erq.models import Block, ModelAdapter, Site, adapter_for, carry_over, prepa
 from erq.models.info import QuantizedModelInfo
 from erq.models.patches import patches
 from erq.progress import Progress
+from erq.ranks import ALONE, Ranks
+from erq.record import Record, decode, encode, environment, model_digest
 from erq.reduce.allocation import WIDTHS, SiteBits, allocate
 from erq.reduce.gram import Gram
-from erq.reduce.site import SiteReport, solve_site
+from erq.reduce.shared_gram import SharedGram
+from erq.reduce.site import SiteReport, Solution, solve_site
+
+# Before the names of what is decided only to measure errors.
+_FIRST_RUN = "first run, "
+
+D = TypeVar("D")
+T = TypeVar("T")
 
 
 @dataclass
@@ -46,6 +58,9 @@ class _Calibration:
     config: QuantConfig
     sim: nn.Module
     full: nn.Module
+    ranks: Ranks = ALONE
+    record: Record = field(default_factory=Record)
+    prefix: str = ""
     folds: dict[str, Fold] = field(default_factory=dict)
     widths: Sequence[int] = ()
     reports: list[SiteReport] = field(default_factory=list)
@@ -63,6 +78,26 @@ class _Calibration:
     def module(self, site: Site) -> nn.Module:
         return self.sim.get_submodule(site.name)
 
+    def decide(self, name: str, collect: Callable[[], D], settle: Callable[[D], T]) -> T:
+        """The decision `name`: from the record, else what the first rank makes of all data.
+
+        Args:
+            name: of the decision, unique in this run.
+            collect: every rank takes part; what the first gets out of it is the whole.
+            settle: the decision from that.
+        """
+        known: T | None = self.record.find(self.prefix + name)
+        if known is not None:
+            return known
+        data = collect()
+        if self.ranks.alone:
+            made = settle(data)
+        else:
+            device = next(self.sim.parameters()).device
+            made = decode(self.ranks.share(lambda: encode(settle(data))), device)
+        self.record.keep(self.prefix + name, made)
+        return made
+
     def calibrate(self, site: Site, block: Block, run: Run, stream: Stream) -> None:
         """Fit the activation quantizers of a site, once for all layers behind one norm."""
         module = self.module(site)
@@ -74,7 +109,8 @@ class _Calibration:
             linears = [module]
         with self.stage("ranges"):
             own = self.config.for_site(site.name)
-            fold = calibrate_site(site, self.sim, run, stream, linears, own)
+            decide = partial(self.decide, f"{site.name}: ranges")
+            fold = calibrate_site(site, self.sim, run, stream, linears, own, decide)
         if fold is not None and site.norm is not None:
             self.folds[site.norm] = fold
 
@@ -82,31 +118,55 @@ class _Calibration:
         """Gather a site's Gram matrices over the streams and solve it."""
         module = self.module(site)
         assert isinstance(module, SimLinear | SimConv2d)
+        own_config = self.config.for_site(site.name)
+
+        def collect() -> tuple[Gram, bool]:
+            with self.stage("gram"):
+                return self.gram(site, run, stream, run_full, full)
+
+        def settle(found: tuple[Gram, bool]) -> Solution:
+            with self.stage("solve"):
+                gram, batch_rows = found
+                return solve_site(site, module, gram, own_config, batch_rows, self.widths)
+
+        solution = self.decide(f"{site.name}: weight", collect, settle)
+        with self.stage("solve"):
+            solution.put_into(module)
+        self.reports.append(solution.report)
+
+    def gram(
+        self, site: Site, run: Run, stream: Stream, run_full: Run, full: Stream
+    ) -> tuple[Gram, bool]:
+        """Gram matrices of a site over all images, and whether it sees one row per image."""
+        module = self.module(site)
+        assert isinstance(module, SimLinear | SimConv2d)
         fold = self.folds.get(site.norm) if site.norm is not None else None
         conv = module if isinstance(module, SimConv2d) else None
-        gram = Gram(module.weight.shape[1], module.weight.device)
+        columns, device = module.weight.shape[1], module.weight.device
         batch_rows = False
         reference_site = self.full.get_submodule(site.name)
         same = self.config.upstream == "float"
         own = full.inputs(run_full, reference_site) if same else stream.inputs(run, module)
         other = None if same or conv is not None else full.inputs(run_full, reference_site)
-        with self.stage("gram"):
-            for (x,) in own:
-                if conv is not None:
-                    x = patches(x, conv.kernel_size)
-                batch_rows = x.dim() == 2
-                upstream = None
-                if other is not None:
-                    (upstream,) = next(other)
-                if fold is not None and same:
-                    x = fold.apply(x)
-                elif fold is not None and upstream is not None:
-                    upstream = fold.apply(upstream)
-                gram.add(x, upstream, module.x_params)
-        with self.stage("solve"):
-            own_config = self.config.for_site(site.name)
-            report = solve_site(site, module, gram, own_config, batch_rows, self.widths)
-        self.reports.append(report)
+        parts = len((full if same else stream).chunks)
+        gram: Gram | SharedGram = (
+            Gram(columns, device)
+            if self.ranks.alone
+            else SharedGram(columns, device, self.ranks, parts)
+        )
+        for (x,) in own:
+            if conv is not None:
+                x = patches(x, conv.kernel_size)
+            batch_rows = x.dim() == 2
+            upstream = None
+            if other is not None:
+                (upstream,) = next(other)
+            if fold is not None and same:
+                x = fold.apply(x)
+            elif fold is not None and upstream is not None:
+                upstream = fold.apply(upstream)
+            gram.add(x, upstream, module.x_params)
+        return gram.whole() if isinstance(gram, SharedGram) else gram, batch_rows
 
 
 def quantize(
@@ -116,6 +176,8 @@ def quantize(
     *,
     target_bits: float | None = None,
     progress: bool = False,
+    ranks: Ranks = ALONE,
+    resume: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Quantize a Vision Transformer by ERQ from a few unlabelled images.
 
@@ -129,6 +191,11 @@ def quantize(
             that a first run with `config` measures; a second run then quantizes. Layers whose width
             `config.overrides` sets keep it and do not count.
         progress: a bar per stage on a terminal, nothing elsewhere.
+        ranks: processes that share the work (`erq.ranks.launched`); each calls with the same
+            arguments and gets the same model, that of one process alone.
+        resume: a file that keeps what is decided, written after every block. If it is there, of the
+            same model, images and settings, the run goes on behind it, to the same codes. Whoever
+            has saved the result removes it.
 
     Returns:
         The simulated model, called like `model`; `erq_report` holds the error of every site before
@@ -136,19 +203,37 @@ def quantize(
         moving the streams, `erq_bits` why each layer has its width (empty without target_bits).
 
     Raises:
-        ValueError: bad images or settings. UnsupportedModelError: a model that is not understood.
+        ValueError: bad images or settings, or a file to resume from that is of another run.
+        UnsupportedModelError: a model that is not understood. RankError: a rank that is gone.
     """
     settings = as_config(config)
     model = carry_over(model)
     adapter = adapter_for(model)
     arch_kwargs = adapter.describe(model)
     device = next(model.parameters()).device
-    chunks = calibration_chunks(images, adapter.input_shape(model), device)
-    calibration = {"n": sum(len(c) for c in chunks), "sha256": _digest(chunks)}
+    chunks = calibration_chunks(images, adapter.input_shape(model), device, ranks)
+    calibration: dict[str, Any] = {
+        "n": sum(len(c) for c in chunks),
+        "sha256": _digest(chunks, ranks),
+    }
+    record = Record()
+    if resume is not None:
+        identity = {
+            "settings": json.dumps([settings.to_dict(), target_bits]),
+            "model": model_digest(model, _architecture(model), arch_kwargs),
+            "images": calibration["sha256"],
+            "versions": environment(device),
+        }
+        record = Record.open(Path(resume), identity, ranks, device)
 
     chosen: list[SiteBits] = []
     if target_bits is not None:
-        chosen = _choose_bits(model, adapter, settings, chunks, target_bits, progress)
+        chosen = list(record.find("bits") or ())
+        if not chosen:
+            first = partial(_run, progress=progress, ranks=ranks, record=record)
+            chosen = _choose_bits(model, adapter, settings, chunks, target_bits, first)
+            record.keep("bits", chosen)
+            record.drop(_FIRST_RUN)
         given = settings.overrides
         widths = {s.name: {**given.get(s.name, {}), "w_bits": s.w_bits} for s in chosen}
         settings = replace(settings, overrides={**given, **widths})
@@ -157,7 +242,10 @@ def quantize(
     full = _full_precision(model, adapter)
     with torch.no_grad(), _full_fp32():
         _check_size(adapter, full, chunks[0][:1])
-        state = _run(adapter, settings, sim, full, blocks, chunks, progress)
+        state = _run(
+            adapter, settings, sim, full, blocks, chunks, progress=progress, ranks=ranks,
+            record=record,
+        )  # fmt: skip
     sim.erq_info = QuantizedModelInfo(
         family=adapter.family,
         architecture=_architecture(model),
@@ -180,7 +268,7 @@ def _choose_bits(
     config: QuantConfig,
     chunks: list[torch.Tensor],
     target_bits: float,
-    progress: bool,
+    run: Callable[..., _Calibration],
 ) -> list[SiteBits]:
     """Widths by the errors of one run with `config`."""
     if isinstance(target_bits, bool) or not isinstance(target_bits, int | float):
@@ -191,7 +279,7 @@ def _choose_bits(
     with torch.no_grad(), _full_fp32():
         full = _full_precision(model, adapter)
         _check_size(adapter, full, chunks[0][:1])
-        state = _run(adapter, config, sim, full, blocks, chunks, progress, WIDTHS)
+        state = run(adapter, config, sim, full, blocks, chunks, prefix=_FIRST_RUN, widths=WIDTHS)
     fixed = [glob for glob, values in config.overrides.items() if "w_bits" in values]
     free = [r for r in state.reports if not any(fnmatchcase(r.name, glob) for glob in fixed)]
     if not free:
@@ -207,11 +295,15 @@ def _run(
     full: nn.Module,
     blocks: list[Block],
     chunks: list[torch.Tensor],
+    *,
     progress: bool,
+    ranks: Ranks,
+    record: Record,
+    prefix: str = "",
     widths: Sequence[int] = (),
 ) -> _Calibration:
-    state = _Calibration(adapter, config, sim, full, widths=widths)
-    stream, full_stream = Stream(list(chunks)), Stream(list(chunks))
+    state = _Calibration(adapter, config, sim, full, ranks, record, prefix, widths=widths)
+    stream, full_stream = Stream(list(chunks), ranks), Stream(list(chunks), ranks)
     sequential = config.upstream == "quantized"
     if not sequential:
         stream = stream.head(RANGE_IMAGES)
@@ -235,6 +327,7 @@ def _run(
             if not last:
                 with state.stage("advance"):
                     full_stream.advance(run_full)
+            record.save()
     return state
 
 
@@ -250,6 +343,8 @@ def _full_precision(model: nn.Module, adapter: ModelAdapter) -> nn.Module:
 
 def _check_size(adapter: ModelAdapter, model: nn.Module, image: torch.Tensor) -> None:
     """Raise ValueError if a model that takes images of any size cannot take this one."""
+    if image.is_meta:  # another rank's
+        return
     try:
         adapter.run_block(model, 0, image)
     except AssertionError as error:  # timm's own check: a side that patches do not divide
@@ -274,12 +369,12 @@ def _json_able(values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _digest(chunks: list[torch.Tensor]) -> str:
+def _digest(chunks: list[torch.Tensor], ranks: Ranks) -> str:
     """SHA-256 of the calibration images' fp32 bytes, in order."""
     digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    own = {n: c for n, c in enumerate(chunks) if not c.is_meta}
+    ranks.in_order(own, lambda c: digest.update(c.cpu().contiguous().numpy().tobytes()))
+    return ranks.share(lambda: digest.hexdigest().encode()).decode()
 
 
 @contextmanager

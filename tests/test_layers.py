@@ -24,12 +24,14 @@ LAYERS: tuple[frozenset[str], ...] = (
         {
             *("__init__", "__main__", "cli", "options", "report", "demonstration", "loading"),
             *("page", "evaluation", "engines", "graphs", "timing", "inputs", "system", "pipeline"),
+            "record",
         }
     ),
     frozenset({"deployment", "reduce"}),
     frozenset({"calib"}),
     frozenset({"models", "quant"}),
     frozenset({"config", "data", "progress", "_version"}),
+    frozenset({"ranks"}),
 )
 ROW_OF = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 

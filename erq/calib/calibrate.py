@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +14,7 @@ from erq.calib.simulate import SimConv2d, SimLinear, SimScores, SimValues
 from erq.config import FLOAT_BITS, QuantConfig
 from erq.models import Site
 from erq.models.attention import Attention
+from erq.quant import AffineParams, LogParams
 from erq.quant.fit import fit_channels, fit_softmax, fit_tensor
 
 RANGE_IMAGES = 32
@@ -19,16 +23,56 @@ RANGE_IMAGES = 32
 _MAX_ELEMENTS = 1 << 26
 
 
+Ranges = Fold | tuple[AffineParams | LogParams, ...]
+"""The activation quantizers of a site: a fold, which has that of its output, or one per operand."""
+
+Collect = Callable[[], tuple[Tensor, ...]]
+Fit = Callable[[tuple[Tensor, ...]], Ranges]
+
+
+def _fit_now(collect: Collect, fit: Fit) -> Ranges:
+    return fit(collect())
+
+
 def _gather(stream: Stream, run: Run, module: nn.Module) -> tuple[Tensor, ...]:
-    """Inputs of a site over the first images of the stream, concatenated per argument."""
-    collected: list[tuple[Tensor, ...]] = []
+    """Inputs of a site over the first images of the stream, concatenated per argument.
+
+    Every rank contributes its chunks; what the others than the first return is of no use.
+    """
+    head, ranks = stream.head(RANGE_IMAGES), stream.ranks
+    numbers = (n for n, chunk in enumerate(head.chunks) if not chunk.is_meta)
+    own: dict[int, tuple[Tensor, ...]] = {}
     elements = 0
-    for args in stream.head(RANGE_IMAGES).inputs(run, module):
-        collected.append(args)
+    for number, args in zip(numbers, head.inputs(run, module), strict=False):
+        own[number] = args
         elements += max(a.numel() for a in args)
         if elements >= _MAX_ELEMENTS:
             break
-    return tuple(torch.cat(parts) for parts in zip(*collected, strict=True))
+    sizes = ranks.merge({n: [a.numel() for a in args] for n, args in own.items()})
+    elements, last = 0, -1
+    for number, size in sizes.items():
+        elements, last = elements + max(size), number
+        if elements >= _MAX_ELEMENTS:
+            break
+    collected: list[list[Tensor]] = [[] for _ in sizes[0]]
+    for i, parts in enumerate(collected):
+        ranks.in_order({n: args[i] for n, args in own.items() if n <= last}, parts.append)
+    return tuple(torch.cat(parts) if parts else torch.empty(0) for parts in collected)
+
+
+def _fit(site: Site, module: nn.Module, inputs: tuple[Tensor, ...], config: QuantConfig) -> Ranges:
+    """Quantizers of what enters `module`, a simulated one that is quantized."""
+    if isinstance(module, SimScores):
+        return tuple(fit_tensor(x, config.a_bits) for x in inputs)
+    if isinstance(module, SimValues):
+        p, v = inputs
+        return fit_softmax(p, config.a_bits), fit_tensor(v, config.a_bits)
+    (x,) = inputs
+    if isinstance(module, SimConv2d):
+        return (fit_tensor(x, config.image_bits),)
+    if site.norm is not None and config.reparameterize and config.method != "rtn":
+        return plan_fold(fit_channels(x, config.a_bits))
+    return (fit_tensor(x, config.a_bits),)
 
 
 def calibrate_site(
@@ -38,6 +82,7 @@ def calibrate_site(
     stream: Stream,
     group: list[SimLinear],
     config: QuantConfig,
+    decide: Callable[[Collect, Fit], Ranges] = _fit_now,
 ) -> Fold | None:
     """Fit the activation quantizers of `site`; fold the norm before it where that is wanted.
 
@@ -47,34 +92,34 @@ def calibrate_site(
         stream: what enters the block, quantized so far.
         group: all layers fed by the site's norm (with a norm), or the layer itself.
         config: the site's own settings.
+        decide: calls the two functions it is given, or knows what they would come to.
 
     Returns:
         The fold, if the norm was folded; else None.
     """
     module = model.get_submodule(site.name)
+    bits = config.image_bits if isinstance(module, SimConv2d) else config.a_bits
+    if bits == FLOAT_BITS:
+        return None
+    ranges = decide(
+        lambda: _gather(stream, run, module), lambda inputs: _fit(site, module, inputs, config)
+    )
+    if isinstance(ranges, Fold):
+        assert site.norm is not None
+        norm = model.get_submodule(site.norm)
+        assert isinstance(norm, nn.LayerNorm)
+        apply_fold(ranges, norm, group)
+        owner = model.get_submodule(site.name.rpartition(".")[0])
+        if isinstance(owner, Attention) and owner.windows is not None:
+            owner.windows.fold(ranges.apply)
+        return ranges
+    operands: Any = ranges
     if isinstance(module, SimScores):
-        q, k = _gather(stream, run, module)
-        module.q_params = fit_tensor(q, config.a_bits)
-        module.k_params = fit_tensor(k, config.a_bits)
+        module.q_params, module.k_params = operands
     elif isinstance(module, SimValues):
-        p, v = _gather(stream, run, module)
-        module.p_params = fit_softmax(p, config.a_bits)
-        module.v_params = fit_tensor(v, config.a_bits)
-    elif isinstance(module, SimConv2d) and config.image_bits != FLOAT_BITS:
-        (x,) = _gather(stream, run, module)
-        module.x_params = fit_tensor(x, config.image_bits)
-    elif isinstance(module, SimLinear) and config.a_bits != FLOAT_BITS:
-        (x,) = _gather(stream, run, module)
-        if site.norm is not None and config.reparameterize and config.method != "rtn":
-            fold = plan_fold(fit_channels(x, config.a_bits))
-            norm = model.get_submodule(site.norm)
-            assert isinstance(norm, nn.LayerNorm)
-            apply_fold(fold, norm, group)
-            owner = model.get_submodule(site.name.rpartition(".")[0])
-            if isinstance(owner, Attention) and owner.windows is not None:
-                owner.windows.fold(fold.apply)
-            return fold
-        params = fit_tensor(x, config.a_bits)
-        for linear in group:
-            linear.x_params = params
+        module.p_params, module.v_params = operands
+    else:
+        layers: Any = group or [module]
+        for layer in layers:
+            (layer.x_params,) = operands
     return None

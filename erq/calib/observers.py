@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from erq.ranks import ALONE, Ranks
+
 Run = Callable[[Tensor], Tensor]
 """One block as a function of its input."""
 
@@ -20,10 +22,13 @@ class Stream:
 
     Args:
         chunks: float tensors [b, …]; these first ones belong to the caller and are not written to.
+            Those that are another rank's are on the meta device: a shape without data.
+        ranks: whose chunks these are, part i of `ranks` being chunk i.
     """
 
-    def __init__(self, chunks: list[Tensor]) -> None:
+    def __init__(self, chunks: list[Tensor], ranks: Ranks = ALONE) -> None:
         self.chunks = chunks
+        self.ranks = ranks
         self._owned = False
 
     def head(self, images: int) -> Stream:
@@ -34,12 +39,14 @@ class Stream:
                 break
             out.append(chunk[:left])
             left -= len(chunk)
-        return Stream(out)
+        return Stream(out, self.ranks)
 
     @torch.no_grad()
     def advance(self, run: Run) -> None:
-        """Replace every chunk by the block's output for it."""
+        """Replace every chunk of this rank by the block's output for it."""
         for i, chunk in enumerate(self.chunks):
+            if chunk.is_meta:
+                continue
             out = run(chunk)
             if self._owned and out.shape == chunk.shape:
                 # Into the old memory: chunks that come and go between the blocks' temporaries
@@ -50,9 +57,11 @@ class Stream:
         self._owned = True
 
     def inputs(self, run: Run, site: nn.Module) -> Iterator[tuple[Tensor, ...]]:
-        """What enters `site` when the block runs on each chunk; nothing after it is computed."""
+        """What enters `site` when the block runs on each chunk of this rank; nothing after it is
+        computed."""
         for chunk in self.chunks:
-            yield observe(run, site, chunk)
+            if not chunk.is_meta:
+                yield observe(run, site, chunk)
 
 
 @torch.no_grad()

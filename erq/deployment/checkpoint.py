@@ -86,8 +86,12 @@ def _stored(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", dtype, copy=True).contiguous()
 
 
-def write_atomically(target: Path, data: bytes) -> None:
+def write_atomically(target: Path, data: bytes, scratch: Path | None = None) -> None:
     """Write `data` beside `target` and rename it into place.
+
+    Args:
+        scratch: the file to write first, which may be there from a killed process; by default one
+            that no other process has.
 
     Raises:
         CheckpointError: the folder does not exist, is not writable or is full; nothing is left.
@@ -98,9 +102,9 @@ def write_atomically(target: Path, data: bytes) -> None:
         )
     if os.path.exists(target) and not os.path.isfile(target):
         raise CheckpointError(f"{target} is a folder or a device; name a file")
-    temporary = target.with_name(f".erq-{secrets.token_hex(8)}.tmp")
+    temporary = scratch or target.with_name(f".erq-{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb" if scratch is None else "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -64,14 +64,17 @@ class Gram:
     def _add_codes(self, codes: Tensor, shift: Tensor, scale: Tensor) -> None:
         # On codes q the products are exact integers, and int8 GEMMs are the fastest there are;
         # (q − z)ᵀ(q − z) follows from qᵀq and the column sums. 2**17 rows of 8-bit codes stay
-        # inside int32.
+        # inside int32, and sums of whole numbers in fp64 are exact.
+        product = torch.zeros_like(self.p)
+        total = torch.zeros_like(self.p[0])
         for part in codes.split(1 << 16):
             columns = part.t().contiguous()
-            product = reference.int_matmul(columns, columns).double()
-            total = columns.sum(dim=1, dtype=torch.int64).double()
-            z, n = shift.double(), len(part)
-            centered = product - z * (total[:, None] + total[None, :]) + n * z * z
-            self._add_g(centered, total - n * z, n, float(scale))
+            product += reference.int_matmul(columns, columns)
+            total += columns.sum(dim=1, dtype=torch.int64)
+        z, n = shift.double(), len(codes)
+        product -= z * (total[:, None] + total[None, :])
+        product += n * z * z
+        self._add_g(product, total - n * z, n, float(scale))
 
     def _add_g(self, product: Tensor, total: Tensor, rows: int, scale: float) -> None:
         self.g[:-1, :-1] += product.double() * (scale * scale)

@@ -53,6 +53,27 @@ class SiteReport:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Solution:
+    """What a site's weight has become.
+
+    Args:
+        params: the weight's quantizer. codes: uint8 [N, K]. bias: fp32 [N], or None.
+        report: what it cost.
+    """
+
+    params: WeightParams
+    codes: Tensor
+    bias: Tensor | None
+    report: SiteReport
+
+    def put_into(self, module: SimLinear | SimConv2d) -> None:
+        """Put the weight on its grid and freeze the module."""
+        module.w_params = self.params
+        module.set_weight(dequantize(self.codes.to(torch.int32), self.params), self.bias)
+        module.freeze()
+
+
 def fit_site_weight(weight: Tensor, site: Site, config: QuantConfig) -> WeightParams:
     """The weight quantizer [N, K] a site gets: dual behind a LayerNorm, else affine."""
     if config.dual and config.method != "rtn" and site.norm is not None:
@@ -68,8 +89,8 @@ def solve_site(
     config: QuantConfig,
     batch_rows: bool,
     widths: Sequence[int] = (),
-) -> SiteReport:
-    """Put the module's weight on its b-bit grid with the least output error, and freeze it.
+) -> Solution:
+    """The codes of the module's weight with the least output error; the module stays as it is.
 
     Args:
         gram: statistics of what enters the site.
@@ -78,7 +99,7 @@ def solve_site(
         widths: report the error of rounding to nearest at these widths as well.
 
     Returns:
-        Errors before and after every step.
+        Quantizer, codes and bias, with the errors before and after every step.
     """
     has_bias = module.bias is not None
     zero = torch.zeros(len(module.weight), device=module.weight.device)
@@ -115,14 +136,12 @@ def solve_site(
     final = torch.cat([dequantize(codes, params).double(), new_bias[:, None]], dim=1)
     errors["error_final"] = error.of(final)
 
-    module.w_params = params
-    module.set_weight(dequantize(codes, params), new_bias.float() if has_bias else None)
-    module.freeze()
     a_bits = FLOAT_BITS if module.x_params is None else module.x_params.bits
     scheme = "dual" if isinstance(params, DualAffineParams) else "affine"
-    return SiteReport(
+    report = SiteReport(
         site.name, site.kind, config.w_bits, a_bits, scheme, nearest=by_width, **errors
     )
+    return Solution(params, codes.to(torch.uint8), new_bias.float() if has_bias else None, report)
 
 
 def _round_to_nearest(

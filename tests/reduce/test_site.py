@@ -50,7 +50,9 @@ class Case:
             if config.a_bits != 16:
                 self.module.x_params = fit_tensor(self.x, config.a_bits)
             gram.add(self.x, None, self.module.x_params)
-        self.report: SiteReport = solve_site(site, self.module, gram, config, batch_rows)
+        solution = solve_site(site, self.module, gram, config, batch_rows)
+        solution.put_into(self.module)
+        self.report: SiteReport = solution.report
 
     def error(self, y: Tensor) -> float:
         return float((y - self.y).double().square().sum() / self.y.double().square().sum())
@@ -171,6 +173,6 @@ def test_fewer_rows_than_channels_and_no_ridge(
     gram = Gram(40, torch.device("cpu"))
     gram.add(torch.randn(3, 40), None, module.x_params)
     config = QuantConfig(ridge_act=0.0, ridge_weight=0.0, refine=refine)  # type: ignore[arg-type]
-    report = solve_site(PLAIN, module, gram, config, batch_rows=False)
-    assert bool(torch.isfinite(module.bias).all())
-    assert report.error_final <= report.error_nearest
+    solution = solve_site(PLAIN, module, gram, config, batch_rows=False)
+    assert solution.bias is not None and bool(torch.isfinite(solution.bias).all())
+    assert solution.report.error_final <= solution.report.error_nearest
