@@ -45,7 +45,7 @@ class Ranks:
         store: torch's, by which ranks agree on who reports a failure; without one every rank does.
 
     Attributes:
-        sent_bytes: tensors and shared values that this rank has sent so far, without headers.
+        sent_bytes: bytes of tensors that this rank has sent so far. told_bytes: of shared values.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Ranks:
             raise ValueError(f"rank must be from 0 to size − 1 = {size - 1}, got {rank}")
         self.rank = rank
         self.size = size
-        self.sent_bytes = 0
+        self.sent_bytes = self.told_bytes = 0
         self._timeout_s = timeout_s
         self._store = store
 
@@ -98,7 +98,7 @@ class Ranks:
         with self._answered():
             dist.broadcast_object_list(value, src=0)
         if self.first:
-            self.sent_bytes += len(value[0]) * (self.size - 1)
+            self.told_bytes += len(value[0]) * (self.size - 1)
         return value[0]
 
     def in_order(self, own: Mapping[int, Tensor], take: Callable[[Tensor], None]) -> None:

@@ -20,7 +20,7 @@ from erq.quant.fit import fit_channels, fit_softmax, fit_tensor
 RANGE_IMAGES = 32
 """Images that ranges are fitted on, the first ones: as published, and it bounds memory."""
 # Elements of one fitted tensor at most; longer sequences use fewer images.
-_MAX_ELEMENTS = 1 << 26
+MAX_ELEMENTS = 1 << 26
 
 
 Ranges = Fold | tuple[AffineParams | LogParams, ...]
@@ -46,13 +46,13 @@ def _gather(stream: Stream, run: Run, module: nn.Module) -> tuple[Tensor, ...]:
     for number, args in zip(numbers, head.inputs(run, module), strict=False):
         own[number] = args
         elements += max(a.numel() for a in args)
-        if elements >= _MAX_ELEMENTS:
+        if elements >= MAX_ELEMENTS:
             break
     sizes = ranks.merge({n: [a.numel() for a in args] for n, args in own.items()})
     elements, last = 0, -1
     for number, size in sizes.items():
         elements, last = elements + max(size), number
-        if elements >= _MAX_ELEMENTS:
+        if elements >= MAX_ELEMENTS:
             break
     collected: list[list[Tensor]] = [[] for _ in sizes[0]]
     for i, parts in enumerate(collected):

@@ -16,7 +16,7 @@ from erq.ranks import Ranks
 from erq.reduce.gram import Gram
 
 # What a chunk's g, c and p need on the wire: c and p come out of fp32 products, g does not.
-_WIRE = (torch.float64, torch.float32, torch.float32)
+WIRE = (torch.float64, torch.float32, torch.float32)
 
 
 class SharedGram:
@@ -56,7 +56,7 @@ class SharedGram:
         return gram
 
     def _swap(self, part: Gram) -> None:
-        for total, matrix, wire in zip(self._sums, self._matrices(part), _WIRE, strict=True):
+        for total, matrix, wire in zip(self._sums, self._matrices(part), WIRE, strict=True):
             for piece in self._ranks.deal(matrix.flatten().to(wire)):
                 total += piece
         self._rounds -= 1
