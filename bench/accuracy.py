@@ -50,9 +50,9 @@ def preset(**changes: Any) -> Callable[[str], QuantConfig]:
 
 
 SETTINGS = {
-    "rtn": Setting("round to nearest", preset(method="rtn")),
-    "repq": Setting("RepQ stage, round to nearest", preset(method="repq")),
-    "gptq": Setting("GPTQ on the RepQ stage", preset(method="gptq")),
+    "rtn": Setting("round to nearest", preset(method="rtn", ranges="official")),
+    "repq": Setting("RepQ stage, round to nearest", preset(method="repq", ranges="official")),
+    "gptq": Setting("GPTQ on the RepQ stage", preset(method="gptq", ranges="official")),
     "paper": Setting("ERQ as published", QuantConfig.paper),
     "erq": Setting("ERQ sequential (default)"),
     "erq-256": Setting("ERQ sequential, 256 images", images=256),
@@ -63,7 +63,9 @@ SETTINGS = {
     ),
     "synthetic": Setting("calibrated on noise", synthetic=True),
     "rtn-synthetic": Setting(
-        "calibrated on noise, round to nearest", preset(method="rtn"), synthetic=True
+        "calibrated on noise, round to nearest",
+        preset(method="rtn", ranges="official"),
+        synthetic=True,
     ),
 }
 METHODS = ("erq", "paper", "repq", "rtn", "gptq", "erq-256")

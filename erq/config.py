@@ -18,7 +18,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "refine": ("greedy", "official", "off"),
     "attention": ("quantized", "float"),
     "ridge_scale": ("relative", "sum"),
+    "ranges": ("fine", "official"),
 }
+_FLAGS = ("reparameterize", "rotate_heads", "aqer", "dual", "wqer", "reparameterize_merging")
 _SITE_FIELDS = ("w_bits", "a_bits", "dual", "aqer", "wqer", "refine", "ridge_act", "ridge_weight")
 
 PRESETS = ("w3a4", "w4a4", "w4a8", "w6a6", "w8a8", "w3a16", "w4a16")
@@ -37,6 +39,10 @@ class QuantConfig:
             reparameterization, no dual scales), `repq` (reparameterization, dual scales if `dual`,
             round to nearest), `gptq` (as repq, weights rounded column by column).
         reparameterize, aqer, dual, wqer: each step of ERQ can be switched off.
+        rotate_heads: `erq` only: center k and v of every attention head and rotate q, k and v, so
+            that few bits hold them better; folded into weights (docs/math.md, "Heads").
+        ranges: percentiles that are tried for the range of an activation: `fine`, or `official`, as
+            published.
         reparameterize_merging: also fold the norm of Swin's patch merging into its `reduction`, and
             give that dual scales; as published ERQ leaves that layer out.
         upstream: what feeds a site during calibration: `quantized`, the network as quantized so
@@ -61,10 +67,12 @@ class QuantConfig:
     a_bits: int = 4
     method: Method = "erq"
     reparameterize: bool = True
+    rotate_heads: bool = True
     aqer: bool = True
     dual: bool = True
     wqer: bool = True
     reparameterize_merging: bool = True
+    ranges: Literal["fine", "official"] = "fine"
     upstream: Literal["quantized", "float"] = "quantized"
     refine: Literal["greedy", "official", "off"] = "greedy"
     image_bits: int = FLOAT_BITS
@@ -85,7 +93,7 @@ class QuantConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        for name in ("reparameterize", "aqer", "dual", "wqer", "reparameterize_merging"):
+        for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("ridge_act", "ridge_weight"):
@@ -112,8 +120,11 @@ class QuantConfig:
 
     @classmethod
     def paper(cls, name: str, **changes: Any) -> QuantConfig:
-        """ERQ as published: full-precision upstream, official refinement, λ in the sum form."""
+        """ERQ as published: full-precision upstream, official refinement, λ in the sum form, heads
+        in the basis that they were trained in."""
         published = {
+            "rotate_heads": False,
+            "ranges": "official",
             "upstream": "float",
             "reparameterize_merging": False,
             "refine": "official",

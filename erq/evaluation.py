@@ -127,7 +127,8 @@ def site_sqnr(net: nn.Module, batches: Images, reference: nn.Module) -> dict[str
 
     Returns:
         Site → 10 log₁₀ of the reference's energy over that of the difference, in dB, in forward
-        order; attention under its `av` site.
+        order; attention under its `av` site. With `rotate_heads` what qkv and attention give is in
+        another basis than the reference's and left out; `proj` is the first to compare.
 
     Raises:
         ValueError: networks that are not a quantized one and its origin, or no images.
@@ -139,11 +140,16 @@ def site_sqnr(net: nn.Module, batches: Images, reference: nn.Module) -> dict[str
             "full-precision network that it was made from"
         )
     twin = prepared_twin(carry_over(reference))
+    rotated = info.config.rotate_heads and info.config.method == "erq"
     names = [s.name for s in info.sites if s.kind in ("linear", "conv")]
     attention = {
         s.name.removesuffix("av") + "proj": s.name for s in info.sites if s.kind[-2:] == "av"
     }
-    sums: dict[str, list[float]] = {s.name: [0.0, 0.0] for s in info.sites if s.kind[-2:] != "qk"}
+    if rotated:
+        names = [n for n in names if not n.endswith(".qkv")]
+        attention = {}
+    compared = {*names, *attention.values()}
+    sums: dict[str, list[float]] = {s.name: [0.0, 0.0] for s in info.sites if s.name in compared}
     with inference(net), module_by_module(net), torch.inference_mode():
         for x, _ in _items(batches):
             for part in _checked(x, net).split(_SITE_IMAGES):

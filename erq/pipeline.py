@@ -23,9 +23,16 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from erq.calib.calibrate import RANGE_IMAGES, calibrate_site
+from erq.calib.calibrate import RANGE_IMAGES, calibrate_site, gather
+from erq.calib.heads import (
+    HeadStatistics,
+    ValueBasis,
+    rotate_heads,
+    rotates_scores,
+    rotates_values,
+)
 from erq.calib.observers import Run, Stream
 from erq.calib.prepare import insert_simulated
 from erq.calib.reparam import Fold
@@ -33,6 +40,7 @@ from erq.calib.simulate import SimConv2d, SimLinear
 from erq.config import QuantConfig, as_config
 from erq.data import Images, calibration_chunks
 from erq.models import Block, ModelAdapter, Site, adapter_for, carry_over, prepared_twin
+from erq.models.attention import Attention
 from erq.models.info import QuantizedModelInfo
 from erq.models.patches import patches
 from erq.progress import Progress
@@ -61,7 +69,7 @@ class _Calibration:
     ranks: Ranks = ALONE
     record: Record = field(default_factory=Record)
     prefix: str = ""
-    folds: dict[str, Fold] = field(default_factory=dict)
+    folds: dict[str, Fold | ValueBasis] = field(default_factory=dict)
     widths: Sequence[int] = ()
     reports: list[SiteReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -114,6 +122,24 @@ class _Calibration:
         if fold is not None and site.norm is not None:
             self.folds[site.norm] = fold
 
+    def rotate_heads(self, site: Site, run: Run, stream: Stream) -> None:
+        """Change the basis of the heads that the layer `site` feeds, if it feeds any."""
+        name = site.name.rpartition(".")[0]
+        attention = self.sim.get_submodule(name)
+        if not isinstance(attention, Attention) or attention.qkv is not self.module(site):
+            return
+        if not (rotates_scores(attention) or rotates_values(attention)):
+            return
+
+        def collect() -> tuple[Tensor, Tensor]:
+            return gather(stream, run, attention.qk)[1], gather(stream, run, attention.av)[1]
+
+        with self.stage("ranges"):
+            statistics = self.decide(f"{name}: heads", collect, lambda kv: HeadStatistics.of(*kv))
+            basis = rotate_heads(attention, statistics)
+        if basis is not None:
+            self.folds[f"{name}.proj"] = basis
+
     def solve(self, site: Site, run: Run, stream: Stream, run_full: Run, full: Stream) -> None:
         """Gather a site's Gram matrices over the streams and solve it."""
         module = self.module(site)
@@ -140,7 +166,7 @@ class _Calibration:
         """Gram matrices of a site over all images, and whether it sees one row per image."""
         module = self.module(site)
         assert isinstance(module, SimLinear | SimConv2d)
-        fold = self.folds.get(site.norm) if site.norm is not None else None
+        fold = self.folds.get(site.norm or site.name)
         conv = module if isinstance(module, SimConv2d) else None
         columns, device = module.weight.shape[1], module.weight.device
         batch_rows = False
@@ -314,6 +340,8 @@ def _run(
             for site in block.sites:
                 bar.update(site.name)
                 state.calibrate(site, block, run, stream)
+                if config.rotate_heads and config.method == "erq":
+                    state.rotate_heads(site, run, stream)
                 if sequential and site.kind in ("linear", "conv"):
                     state.solve(site, run, stream, run_full, full_stream)
             last = index == len(blocks) - 1

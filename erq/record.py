@@ -19,6 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from erq._version import __version__
+from erq.calib.heads import HeadStatistics
 from erq.calib.reparam import Fold
 from erq.deployment.checkpoint import write_atomically
 from erq.quant import AffineParams, DualAffineParams, LogParams
@@ -30,7 +31,16 @@ FORMAT = 1
 
 _CLASSES: dict[str, type] = {
     c.__name__: c
-    for c in (AffineParams, DualAffineParams, LogParams, Fold, SiteBits, SiteReport, Solution)
+    for c in (
+        AffineParams,
+        DualAffineParams,
+        LogParams,
+        Fold,
+        HeadStatistics,
+        SiteBits,
+        SiteReport,
+        Solution,
+    )
 }
 
 

@@ -78,6 +78,7 @@ def test_paper_is_the_published_method() -> None:
     assert (config.w_bits, config.a_bits) == (3, 4)
     assert (config.upstream, config.refine, config.ridge_scale) == ("float", "official", "sum")
     assert config.ridge_act == config.ridge_weight == 1000.0
+    assert (config.rotate_heads, config.ranges) == (False, "official")
     assert QuantConfig.paper("w3a4", refine="off").refine == "off"
     assert QuantConfig.preset("w3a4", dual=False).dual is False
 
@@ -100,6 +101,8 @@ ODD = QuantConfig(
     a_bits=16,
     method="gptq",
     reparameterize=False,
+    rotate_heads=False,
+    ranges="official",
     aqer=False,
     dual=False,
     wqer=False,

@@ -15,7 +15,7 @@ from erq.config import FLOAT_BITS, QuantConfig
 from erq.models import Site
 from erq.models.attention import Attention
 from erq.quant import AffineParams, LogParams
-from erq.quant.fit import fit_channels, fit_softmax, fit_tensor
+from erq.quant.fit import ACTIVATION_PERCENTILES, fit_channels, fit_softmax, fit_tensor
 
 RANGE_IMAGES = 32
 """Images that ranges are fitted on, the first ones: as published, and it bounds memory."""
@@ -34,7 +34,7 @@ def _fit_now(collect: Collect, fit: Fit) -> Ranges:
     return fit(collect())
 
 
-def _gather(stream: Stream, run: Run, module: nn.Module) -> tuple[Tensor, ...]:
+def gather(stream: Stream, run: Run, module: nn.Module) -> tuple[Tensor, ...]:
     """Inputs of a site over the first images of the stream, concatenated per argument.
 
     Every rank contributes its chunks; what the others than the first return is of no use.
@@ -62,17 +62,18 @@ def _gather(stream: Stream, run: Run, module: nn.Module) -> tuple[Tensor, ...]:
 
 def _fit(site: Site, module: nn.Module, inputs: tuple[Tensor, ...], config: QuantConfig) -> Ranges:
     """Quantizers of what enters `module`, a simulated one that is quantized."""
+    bits, percentiles = config.a_bits, ACTIVATION_PERCENTILES[config.ranges]
     if isinstance(module, SimScores):
-        return tuple(fit_tensor(x, config.a_bits) for x in inputs)
+        return tuple(fit_tensor(x, bits, percentiles) for x in inputs)
     if isinstance(module, SimValues):
         p, v = inputs
-        return fit_softmax(p, config.a_bits), fit_tensor(v, config.a_bits)
+        return fit_softmax(p, bits, percentiles), fit_tensor(v, bits, percentiles)
     (x,) = inputs
     if isinstance(module, SimConv2d):
-        return (fit_tensor(x, config.image_bits),)
+        return (fit_tensor(x, config.image_bits, percentiles),)
     if site.norm is not None and config.reparameterize and config.method != "rtn":
-        return plan_fold(fit_channels(x, config.a_bits))
-    return (fit_tensor(x, config.a_bits),)
+        return plan_fold(fit_channels(x, bits, percentiles))
+    return (fit_tensor(x, bits, percentiles),)
 
 
 def calibrate_site(
@@ -102,7 +103,7 @@ def calibrate_site(
     if bits == FLOAT_BITS:
         return None
     ranges = decide(
-        lambda: _gather(stream, run, module), lambda inputs: _fit(site, module, inputs, config)
+        lambda: gather(stream, run, module), lambda inputs: _fit(site, module, inputs, config)
     )
     if isinstance(ranges, Fold):
         assert site.norm is not None

@@ -38,7 +38,9 @@ from erq.models.info import QuantizedModelInfo
 from erq.quant.params import MAX_BITS, MIN_BITS
 from erq_kernels.dispatch import check_backend
 
-FORMAT = 1
+FORMAT = 2
+# What a file of format 1 does not say of its settings: fields that came later, as they were then.
+_FORMAT_1_SETTINGS = {"rotate_heads": False, "ranges": "official"}
 
 
 class CheckpointError(ValueError):
@@ -384,7 +386,9 @@ def _info(header: Mapping[str, Any]) -> QuantizedModelInfo:
         architecture=header["architecture"],
         arch_kwargs=header["arch_kwargs"],
         pretrained_cfg=header["pretrained_cfg"],
-        config=QuantConfig.from_dict(header["config"]),
+        config=QuantConfig.from_dict(
+            (_FORMAT_1_SETTINGS if header["format"] == 1 else {}) | header["config"]
+        ),
         calibration=header["calibration"],
         sites=tuple(Site(n, e["kind"], e["norm"]) for n, e in header["sites"].items()),
     )

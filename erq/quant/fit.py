@@ -13,7 +13,11 @@ from torch import Tensor
 
 from erq.quant.params import AffineParams, DualAffineParams, LogParams, check_bits
 
-ACTIVATION_PERCENTILES = (0.999, 0.9999, 0.99999)
+ACTIVATION_PERCENTILES = {
+    "fine": (0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 0.99999),
+    "official": (0.999, 0.9999, 0.99999),
+}
+"""What `QuantConfig.ranges` names; four bits want to clip more than was published."""
 WEIGHT_PERCENTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 0.99999, 1.0)
 
 # A range narrower than this share of its largest magnitude is a constant to a b-bit quantizer: its
@@ -144,16 +148,20 @@ def fit_rows(
     return AffineParams(scale, zero_point, bits)
 
 
-def fit_tensor(x: Tensor, bits: int) -> AffineParams:
+def fit_tensor(
+    x: Tensor, bits: int, percentiles: tuple[float, ...] = ACTIVATION_PERCENTILES["fine"]
+) -> AffineParams:
     """Affine params (scale and zero point 0-d) for a whole activation tensor of any shape."""
-    params = fit_rows(x.reshape(1, -1), bits, ACTIVATION_PERCENTILES)
+    params = fit_rows(x.reshape(1, -1), bits, percentiles)
     return AffineParams(params.scale[0], params.zero_point[0], bits)
 
 
-def fit_channels(x: Tensor, bits: int) -> AffineParams:
+def fit_channels(
+    x: Tensor, bits: int, percentiles: tuple[float, ...] = ACTIVATION_PERCENTILES["fine"]
+) -> AffineParams:
     """Affine params [C] for an activation [..., C], one pair for each channel of the last dim."""
     rows = x.reshape(-1, x.shape[-1]).t().contiguous()
-    return fit_rows(rows, bits, ACTIVATION_PERCENTILES)
+    return fit_rows(rows, bits, percentiles)
 
 
 def fit_weight(weight: Tensor, bits: int) -> AffineParams:
@@ -222,7 +230,9 @@ def fit_dual_weight(
     )
 
 
-def fit_softmax(p: Tensor, bits: int) -> LogParams:
+def fit_softmax(
+    p: Tensor, bits: int, percentiles: tuple[float, ...] = ACTIVATION_PERCENTILES["fine"]
+) -> LogParams:
     """Log-√2 params of least squared error for softmax outputs of any shape, in [0, 1].
 
     Both meanings of the last code are tried: exactly 0, which long sequences with many small
@@ -230,7 +240,7 @@ def fit_softmax(p: Tensor, bits: int) -> LogParams:
     """
     check_bits(bits)
     flat = p.detach().float().reshape(-1)
-    scales = tail_quantiles(flat[None], ACTIVATION_PERCENTILES)[0][:, 0].clamp(min=1e-6)
+    scales = tail_quantiles(flat[None], percentiles)[0][:, 0].clamp(min=1e-6)
     last = 2**bits - 1
     errors = torch.zeros(len(scales), 2, dtype=torch.float64, device=flat.device)
     for x in flat.split(_SLICE):

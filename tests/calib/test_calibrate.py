@@ -81,6 +81,14 @@ def test_plain_site_gets_a_quantizer_of_its_input(case: Callable[..., Case]) -> 
     assert same(module.x_params, fit_tensor(x, 3))
 
 
+def test_percentiles_are_the_published_ones_or_reach_further(case: Callable[..., Case]) -> None:
+    it = case(a_bits=3, ranges="official")
+    (x,) = it.inputs("attn.proj")
+    official, _ = it.calibrate("attn.proj")
+    assert same(official.x_params, fit_tensor(x, 3, (0.999, 0.9999, 0.99999)))
+    assert float(fit_tensor(x, 3).scale) < float(official.x_params.scale)
+
+
 def test_matmuls_get_one_for_each_operand(case: Callable[..., Case]) -> None:
     it = case()
     q, k = it.inputs("attn.qk")

@@ -224,7 +224,7 @@ def test_inspect_reads_the_header(saved: Saved) -> None:
     expected = {k: v for k, v in saved.header.items() if k not in ("tensors", "sha256")}
     assert header == expected
     assert list(header["sites"]) == [s.name for s in saved.net.erq_info.sites]
-    assert header["format"] == 1 and header["calibration"]["n"] == 4
+    assert header["format"] == 2 and header["calibration"]["n"] == 4
     assert header["sites"]["blocks.0.attn.qkv"] | {"errors": {}} == {
         "kind": "linear",
         "norm": "blocks.0.norm1",
@@ -609,6 +609,16 @@ def test_any_signed_bytes_give_a_network_or_one_error(saved: Saved, data: st.Dat
 # Headers that do not fit, with digests that do
 
 
+def test_format_1_says_what_its_settings_were(saved: Saved) -> None:
+    header = edited(saved.header, ("format",), 1)
+    for name in ("rotate_heads", "ranges"):  # fields that came with format 2
+        header = edited(header, ("config", name), DROP)
+    file = saved.write(header)
+    net: Any = erq.load(file, backend="reference")
+    assert (net.erq_info.config.rotate_heads, net.erq_info.config.ranges) == (False, "official")
+    assert torch.equal(net(saved.x), saved.logits)
+
+
 def edited(header: dict[str, Any], path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
     """A copy of the header with `value` at `path`; DROP removes the key."""
     header = copy.deepcopy(header)
@@ -625,8 +635,8 @@ def edited(header: dict[str, Any], path: tuple[str | int, ...], value: Any) -> d
 DROP = object()
 SITE = ("sites", QKV)
 BAD_HEADERS: list[tuple[tuple[str | int, ...], Any, str]] = [
-    (("format",), 2, "format 2, this version reads up to 1: upgrade erq"),
-    (("format",), 10**30, "this version reads up to 1: upgrade erq"),
+    (("format",), 3, "format 3, this version reads up to 2: upgrade erq"),
+    (("format",), 10**30, "this version reads up to 2: upgrade erq"),
     *((("format",), v, "the header's format must be 1 or more") for v in (0, -1, "1", 1.0, True)),
     (("format",), None, "the header's format must be 1 or more, got None"),
     (("format",), DROP, "the erq header is not the expected JSON object"),

@@ -409,7 +409,7 @@ def nearest_official_softmax(p: Tensor, bits: int, scale: Tensor) -> Tensor:
 
     At few bits that may be another one than ours; errors within 0.1 % of the least count as equal.
     """
-    scales = tail_quantiles(p.reshape(1, -1), ACTIVATION_PERCENTILES)[0][:, 0]
+    scales = tail_quantiles(p.reshape(1, -1), ACTIVATION_PERCENTILES["official"])[0][:, 0]
     values = (official_softmax(p, LogParams(s, bits)) for s in scales)
     errors = torch.stack([(value - p).double().square().sum() for value in values])
     best = scales[errors <= (1.0 + SOFTMAX_ERROR) * errors.min()]

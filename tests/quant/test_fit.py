@@ -51,7 +51,9 @@ def rows_of_many_tails() -> Tensor:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 100, 1001, 30000])
-@pytest.mark.parametrize("percentiles", [ACTIVATION_PERCENTILES, WEIGHT_PERCENTILES, (0.6,)])
+@pytest.mark.parametrize(
+    "percentiles", [*ACTIVATION_PERCENTILES.values(), WEIGHT_PERCENTILES, (0.6,)]
+)
 def test_tail_quantiles_equals_torch_quantile(n: int, percentiles: tuple[float, ...]) -> None:
     rows = torch.randn(3, n)
     p = torch.tensor(percentiles, dtype=torch.float64)
@@ -89,7 +91,7 @@ def test_tails_of_a_long_row_are_found_by_a_sample(kind: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
-@pytest.mark.parametrize("percentiles", [ACTIVATION_PERCENTILES, WEIGHT_PERCENTILES])
+@pytest.mark.parametrize("percentiles", [*ACTIVATION_PERCENTILES.values(), WEIGHT_PERCENTILES])
 def test_fit_rows_equals_a_search_row_by_row(bits: int, percentiles: tuple[float, ...]) -> None:
     rows = rows_of_many_tails()
     params = fit_rows(rows, bits, percentiles)
@@ -182,7 +184,7 @@ def test_constant_rows_keep_their_value() -> None:
 
 def test_dead_rows_take_a_neighbours_scale() -> None:
     rows = torch.cat([torch.zeros(1, 50), torch.randn(3, 50)])
-    params = fit_rows(rows, 4, ACTIVATION_PERCENTILES)
+    params = fit_rows(rows, 4, ACTIVATION_PERCENTILES["official"])
     assert float(params.scale[0]) in params.scale[1:].tolist()
     assert bool((fake_quantize(rows, params)[0] == 0).all())
 
@@ -192,7 +194,7 @@ def test_fit_tensor_is_one_row_and_fit_channels_a_row_per_channel() -> None:
     whole = fit_tensor(x, 4)
     assert whole.scale.dim() == 0
     torch.testing.assert_close(
-        float(whole.scale), search_row(x.flatten(), 4, ACTIVATION_PERCENTILES)[0]
+        float(whole.scale), search_row(x.flatten(), 4, ACTIVATION_PERCENTILES["fine"])[0]
     )
     channels = fit_channels(x, 4)
     assert channels.scale.shape == (6,)
@@ -256,7 +258,7 @@ def test_dual_weight_without_outliers_is_plain() -> None:
 def test_softmax_params_are_the_candidate_of_least_error(tokens: int, bits: int) -> None:
     p = torch.softmax(torch.randn(2, 3, tokens, tokens) * 3, dim=-1)
     errors = {}
-    for percentile in ACTIVATION_PERCENTILES:
+    for percentile in ACTIVATION_PERCENTILES["fine"]:
         scale = float(torch.quantile(p.double().flatten()[: 1 << 23], percentile))
         for zero_last in (True, False):
             k = (-2 * torch.log2(p.double() / scale)).round().clamp(0, 2**bits - 1)
