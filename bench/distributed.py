@@ -4,8 +4,8 @@
     python bench/distributed.py --plan     bytes per site for 8 ranks, ViT-S and ViT-B; --docs puts
                                            the tables into docs/distributed.md
 
-Random weights: neither time nor bytes depend on them. Each run is a process, or two under torchrun,
-of its own; runs take turns.
+Random weights: neither time nor bytes depend on them. Each run is a process of its own, or two;
+runs take turns.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -176,10 +177,10 @@ def child(model_name: str, images: int, threads: int) -> None:
     x = torch.randn(images, *model.pretrained_cfg["input_size"])
     with launched(torch.device("cpu")) as ranks:
         ranks.merge({ranks.rank: 0})  # all are there
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         sim: Any = erq.quantize(model, x, "w4a4", ranks=ranks)
-        seconds = time.perf_counter() - start
-        sent = ranks.merge({ranks.rank: (ranks.sent_bytes, ranks.told_bytes)})
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        spent = ranks.merge({ranks.rank: (ranks.sent_bytes, ranks.told_bytes, cpu)})
     if ranks.first:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "net.safetensors")
@@ -188,10 +189,33 @@ def child(model_name: str, images: int, threads: int) -> None:
         row = {
             "seconds": round(seconds, 2), "sha256": digest,
             "stages": {k: round(v, 2) for k, v in sim.erq_stages.items()},
-            "sent_mb": round(sum(a for a, _ in sent.values()) / 1e6, 1),
-            "told_mb": round(sum(b for _, b in sent.values()) / 1e6, 1),
+            "sent_mb": round(sum(a for a, _, _ in spent.values()) / 1e6, 1),
+            "told_mb": round(sum(b for _, b, _ in spent.values()) / 1e6, 1),
+            "cpu_seconds": [round(c, 2) for _, _, c in spent.values()],
         }  # fmt: skip
         print(json.dumps(row))
+
+
+def start(size: int, threads: int, options: list[str]) -> str:
+    """Output of the first of `size` processes of this program, which find each other as torchrun's
+    do; without torchrun, which would put each into a session of its own, with its own share of the
+    machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    given = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(size)}
+    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, __file__, *options]
+    ranks = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, **given, "RANK": str(r)}
+        )
+        for r in range(size)
+    ]
+    out = [rank.communicate()[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise SystemExit("a run failed")
+    return out[0]
 
 
 def measure(model: str, images: int, rounds: int) -> None:
@@ -200,12 +224,8 @@ def measure(model: str, images: int, rounds: int) -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in setups}
     for _ in range(rounds):
         for name, (size, threads) in setups.items():
-            torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(size), "--"]
             options = ["--child", str(threads), "--model", model, "--images", str(images)]
-            command = [sys.executable, *(torchrun if size > 1 else []), __file__, *options]
-            env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-            out = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
-            found[name].append(json.loads(out.stdout.splitlines()[-1]))
+            found[name].append(json.loads(start(size, threads, options).splitlines()[-1]))
             print(f"{name}: {found[name][-1]['seconds']} s", flush=True)
     results = ResultFile("distributed")
     first = min(r["seconds"] for r in found["1 process, 1 thread"])

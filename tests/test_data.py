@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from erq.data import CHUNK_IMAGES, batches, calibration_chunks, check_images
+from erq.data import (
+    CHUNK_IMAGES,
+    ImageSource,
+    Preprocessing,
+    Selection,
+    batches,
+    calibration_chunks,
+    check_images,
+    own_batches,
+)
+from erq.ranks import Ranks
 
 SHAPE = (3, 8, 6)
 CPU = torch.device("cpu")
@@ -102,3 +112,38 @@ def test_a_model_of_any_size_takes_any_size_but_its_channels() -> None:
     mixed = [torch.randn(2, 3, 5, 9), torch.randn(2, 3, 4, 9)]
     with pytest.raises(ValueError, match="all have one size, got 4×9 and 5×9"):
         calibration_chunks(mixed, (3, None, None), CPU)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_ranks_read_their_own_chunks_alone(size: int) -> None:
+    read: list[int] = []
+
+    def image(i: int) -> Tensor:
+        read.append(i)
+        return torch.full((3, 4, 4), float(i))
+
+    indices = list(range(70, 0, -1))
+    source = ImageSource("numbers", 80, image)
+    recipe = Preprocessing((3, 4, 4), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
+    chosen = Selection(source, recipe, indices)
+    assert torch.cat([x for x, _ in chosen])[:, 0, 0, 0].tolist() == indices
+    found: dict[int, list[float]] = {}
+    for rank in range(size):
+        read.clear()
+        for number, (batch, _) in chosen.own(Ranks(rank, size), CHUNK_IMAGES):
+            assert number % size == rank
+            found[number] = batch[:, 0, 0, 0].tolist()
+        assert len(read) == sum(len(v) for n, v in found.items() if n % size == rank)
+    assert [found[n] for n in sorted(found)] == [indices[i : i + 16] for i in range(0, 70, 16)]
+
+
+@pytest.mark.parametrize("as_selection", [True, False])
+def test_ranks_share_batches(as_selection: bool) -> None:
+    images = torch.arange(70.0)[:, None, None, None].expand(70, 3, 4, 4)
+    given: Any = list(images.split(32))
+    if as_selection:
+        recipe = Preprocessing((3, 4, 4), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
+        given = Selection(ImageSource("tensor", 70, lambda i: images[i]), recipe, range(70))
+    found = {n: x for r in (0, 1) for n, (x, _) in own_batches(given, Ranks(r, 2))}
+    assert [len(found[n]) for n in sorted(found)] == [32, 32, 6]
+    assert torch.equal(torch.cat([found[n] for n in sorted(found)]), images)

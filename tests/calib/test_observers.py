@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from erq.calib.observers import Stream, observe
+from erq.ranks import Ranks
 
 
 class Counting(nn.Module):
@@ -67,3 +68,16 @@ def test_no_gradient_and_no_hook_stay_behind() -> None:
     with pytest.raises(RuntimeError, match="does not reach the observed site"):
         observe(nn.Identity(), linear, torch.ones(1))
     assert not linear._forward_pre_hooks
+
+
+def test_chunks_of_other_ranks_are_shapes() -> None:
+    ranks = Ranks(1, 2)
+    stream = Stream([torch.empty(2, 3, device="meta"), torch.ones(2, 3)], ranks)
+    head = stream.head(3)
+    assert head.ranks is ranks and [c.is_meta for c in head.chunks] == [True, False]
+    assert [len(c) for c in head.chunks] == [2, 1]
+    linear = nn.Linear(3, 3)
+    seen = list(stream.inputs(lambda x: linear(2 * x), linear))
+    assert [[t.tolist() for t in args] for args in seen] == [[[[2.0] * 3] * 2]]
+    stream.advance(lambda x: x + 1)
+    assert stream.chunks[0].is_meta and stream.chunks[1].tolist() == [[2.0] * 3] * 2
