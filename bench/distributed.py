@@ -34,10 +34,11 @@ from torch import Tensor, nn
 
 import erq
 from erq.calib.calibrate import MAX_ELEMENTS, RANGE_IMAGES
+from erq.calib.heads import rotated_attention
 from erq.calib.prepare import insert_simulated
 from erq.config import FLOAT_BITS, QuantConfig
 from erq.data import CHUNK_IMAGES
-from erq.models import Site, adapter_for
+from erq.models import adapter_for
 from erq.ranks import Ranks, launched
 from erq.reduce.gram import Gram
 from erq.reduce.shared_gram import WIRE
@@ -51,7 +52,8 @@ class Traffic:
     """Bytes that all ranks together send for one site.
 
     Args:
-        name: the site. rows: its inputs on the images of the range search, to the first rank.
+        name: the site. rows: its inputs on the images of the range search, to the first rank; with
+            a qkv layer also the k and v whose means and sizes the heads' basis needs.
         sums: the chunks' matrices, dealt out. whole: their sums, to the first rank.
         decision: codes, scales and bias, from the first rank to the others; without headers.
     """
@@ -81,7 +83,7 @@ def traffic(model: nn.Module, images: int, size: int, config: QuantConfig) -> li
     sim = deepcopy(model).float().eval()
     blocks = insert_simulated(sim, adapter, config)
     sites = [s for b in blocks for s in b.sites]
-    inputs = _inputs(sim, sites, image)
+    inputs = _inputs(sim, image)
     chunks = [min(CHUNK_IMAGES, images - i) for i in range(0, images, CHUNK_IMAGES)]
     away = sum(n for i, n in enumerate(chunks) if not ranks.owns(i))
     found = [Traffic("(digest of the images)", rows=4 * away * image.numel())]
@@ -103,17 +105,22 @@ def traffic(model: nn.Module, images: int, size: int, config: QuantConfig) -> li
                 sums += ranks.rounds(len(chunks)) * rest * n * wire.itemsize
                 whole += (n - ranks.pieces(n)[0]) * matrix.element_size()
             decision = rest * (module.weight.numel() + 4 * len(module.weight) * 3)
+        if config.rotate_heads and rotated_attention(sim, site.name) is not None:
+            owner = site.name.rpartition(".")[0]  # k of (q, k), v of (softmax, v)
+            rows += sum(_rows(inputs[f"{owner}.{m}"][1:], chunks, ranks) for m in ("qk", "av"))
         found.append(Traffic(site.name, rows, sums, whole, decision))
     return found
 
 
-def _inputs(sim: nn.Module, sites: Sequence[Site], image: Tensor) -> dict[str, list[int]]:
-    """Elements of every argument of every site, for one image."""
+def _inputs(sim: nn.Module, image: Tensor) -> dict[str, list[int]]:
+    """Elements of every tensor that every module is given, for one image."""
     sizes: dict[str, list[int]] = {}
-    for site in sites:
-        sim.get_submodule(site.name).register_forward_pre_hook(
-            lambda _, args, name=site.name: sizes.update({name: [a.numel() for a in args]})
-        )
+
+    def note(name: str, args: tuple[Any, ...]) -> None:
+        sizes[name] = [a.numel() for a in args if isinstance(a, Tensor)]
+
+    for name, module in sim.named_modules():
+        module.register_forward_pre_hook(lambda _, args, name=name: note(name, args))
     with torch.no_grad():
         sim(image)
     return sizes

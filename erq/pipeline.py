@@ -26,13 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from erq.calib.calibrate import RANGE_IMAGES, calibrate_site, gather
-from erq.calib.heads import (
-    HeadStatistics,
-    ValueBasis,
-    rotate_heads,
-    rotates_scores,
-    rotates_values,
-)
+from erq.calib.heads import HeadStatistics, ValueBasis, rotate_heads, rotated_attention
 from erq.calib.observers import Run, Stream
 from erq.calib.prepare import insert_simulated
 from erq.calib.reparam import Fold
@@ -40,7 +34,6 @@ from erq.calib.simulate import SimConv2d, SimLinear
 from erq.config import QuantConfig, as_config
 from erq.data import Images, calibration_chunks
 from erq.models import Block, ModelAdapter, Site, adapter_for, carry_over, prepared_twin
-from erq.models.attention import Attention
 from erq.models.info import QuantizedModelInfo
 from erq.models.patches import patches
 from erq.progress import Progress
@@ -124,15 +117,15 @@ class _Calibration:
 
     def rotate_heads(self, site: Site, run: Run, stream: Stream) -> None:
         """Change the basis of the heads that the layer `site` feeds, if it feeds any."""
+        attention = rotated_attention(self.sim, site.name)
+        if attention is None:
+            return
         name = site.name.rpartition(".")[0]
-        attention = self.sim.get_submodule(name)
-        if not isinstance(attention, Attention) or attention.qkv is not self.module(site):
-            return
-        if not (rotates_scores(attention) or rotates_values(attention)):
-            return
 
-        def collect() -> tuple[Tensor, Tensor]:
-            return gather(stream, run, attention.qk)[1], gather(stream, run, attention.av)[1]
+        def collect() -> tuple[Tensor, ...]:
+            second = slice(1, 2)  # k of (q, k), v of (softmax, v)
+            k = gather(stream, run, attention.qk, second)
+            return k + gather(stream, run, attention.av, second)
 
         with self.stage("ranges"):
             statistics = self.decide(f"{name}: heads", collect, lambda kv: HeadStatistics.of(*kv))

@@ -34,18 +34,23 @@ def _fit_now(collect: Collect, fit: Fit) -> Ranges:
     return fit(collect())
 
 
-def gather(stream: Stream, run: Run, module: nn.Module) -> tuple[Tensor, ...]:
+def gather(
+    stream: Stream, run: Run, module: nn.Module, wanted: slice = slice(None)
+) -> tuple[Tensor, ...]:
     """Inputs of a site over the first images of the stream, concatenated per argument.
 
     Every rank contributes its chunks; what the others than the first return is of no use.
+
+    Args:
+        wanted: the arguments that are.
     """
     head, ranks = stream.head(RANGE_IMAGES), stream.ranks
     numbers = (n for n, chunk in enumerate(head.chunks) if not chunk.is_meta)
     own: dict[int, tuple[Tensor, ...]] = {}
     elements = 0
     for number, args in zip(numbers, head.inputs(run, module), strict=False):
-        own[number] = args
-        elements += max(a.numel() for a in args)
+        own[number] = args[wanted]
+        elements += max(a.numel() for a in own[number])
         if elements >= MAX_ELEMENTS:
             break
     sizes = ranks.merge({n: [a.numel() for a in args] for n, args in own.items()})

@@ -81,6 +81,14 @@ def rotates_values(attention: Attention) -> bool:
     return layers and isinstance(attention.norm, nn.Identity)
 
 
+def rotated_attention(sim: nn.Module, layer: str) -> Attention | None:
+    """The attention whose q, k and v the layer named `layer` makes, if another basis serves it."""
+    attention = sim.get_submodule(layer.rpartition(".")[0])
+    if not isinstance(attention, Attention) or attention.qkv is not sim.get_submodule(layer):
+        return None
+    return attention if rotates_scores(attention) or rotates_values(attention) else None
+
+
 @torch.no_grad()
 def rotate_heads(attention: Attention, statistics: HeadStatistics) -> ValueBasis | None:
     """Put an attention into the basis, in place; its output stays.
