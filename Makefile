@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv native test pytest lint format demo clean distclean
+.PHONY: help venv native test pytest lint format demo dist clean distclean
 
 help:
 	@echo 'make demo       set up, then quantize, pack, reload, evaluate and time the shipped model'
@@ -17,6 +17,7 @@ help:
 	@echo 'make format     let ruff fix and format the tree'
 	@echo 'make venv       the set-up alone: $(VENV) with the package (editable) and its test tools'
 	@echo 'make native     build the libraries of csrc/ again, after a change'
+	@echo 'make dist       dist/: the sdist, the pure wheel and the wheel with the libraries built here'
 	@echo 'make clean      remove caches and build output;  make distclean  also $(VENV)'
 
 # The stamp is written last, so an interrupted installation is taken up again by the next make.
@@ -49,6 +50,13 @@ format: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/erq demo
+
+# Wheels come from the sdist, so that it is known to be whole; the pure one installs anywhere.
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --sdist --outdir dist
+	ERQ_BUILD_CPU=0 ERQ_BUILD_CUDA=0 $(BIN)/python -m pip wheel --no-deps --wheel-dir dist dist/erq-*.tar.gz
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist dist/erq-*.tar.gz
 
 clean:
 	rm -rf build dist erq.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

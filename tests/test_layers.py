@@ -236,9 +236,15 @@ def test_cycle_through_a_package_is_reported() -> None:
     assert violation.startswith("import cycle: ")
 
 
-def test_import_erq_stays_light() -> None:
-    loaded = load_in_fresh_interpreter("erq")
-    assert loaded.isdisjoint({"timm", "triton", "matplotlib"})
+@pytest.mark.parametrize("used", [False, True])
+def test_import_erq_stays_light(used: bool) -> None:
+    """Nor does a public name load, by being named, what only its use may need."""
+    public = ["erq.deployment.checkpoint", "erq.pipeline", "erq.evaluation"] if used else []
+    loaded = load_in_fresh_interpreter("erq", *public)
+    heavy = {"timm", "torchvision", "triton", "matplotlib", "transformers", "sklearn", "onnx"}
+    assert loaded.isdisjoint(heavy)
+    if not used:
+        assert "torch" not in loaded
 
 
 def test_deployed_process_loads_nothing_of_calibration() -> None:
