@@ -21,7 +21,7 @@ from torch import Tensor
 
 from erq_kernels import dispatch
 
-ABI = 1  # ERQ_CUDA_ABI of csrc/cuda/erq_cuda.h
+ABI = 2  # ERQ_CUDA_ABI of csrc/cuda/erq_cuda.h
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum erq_cuda_type
 _CODES8, _CODES4 = 3, 4
@@ -58,7 +58,8 @@ class DequantLinearArgs(ctypes.Structure):
         *((n, c_void_p) for n in ("x", "packed", "scale", "scale2", "zero_point", "zero_point2")),
         *((n, c_void_p) for n in ("columns", "bias", "out")),
         ("x_stride", c_int64),
-        *((n, c_int32) for n in ("m", "n", "k", "n_columns", "bits", "type")),
+        *((n, c_int32) for n in ("m", "n", "k", "n_columns", "bits", "type", "splits")),
+        *((n, c_void_p) for n in ("partial", "arrived")),
     )
 
 
@@ -79,13 +80,21 @@ class Library:
         Raises:
             CudaError: the launch failed; with CUDA's text.
         """
+        stream = None if self.emulated else torch.cuda.current_stream(device).cuda_stream
+        self.check(
+            getattr(self.handle, function)(ctypes.byref(args), self.index(device), c_void_p(stream))
+            == 0
+        )
+
+    def index(self, device: torch.device) -> int:
+        """CUDA's number of `device`."""
         if self.emulated:
-            index, stream = 0, None
-        else:
-            index = torch.cuda.current_device() if device.index is None else device.index
-            stream = torch.cuda.current_stream(device).cuda_stream
-        code = getattr(self.handle, function)(ctypes.byref(args), index, c_void_p(stream))
-        if code:
+            return 0
+        return torch.cuda.current_device() if device.index is None else device.index
+
+    def check(self, succeeded: bool) -> None:
+        """Raise CudaError with what the last call left, if it failed."""
+        if not succeeded:
             raise CudaError(self.handle.erq_cuda_error().decode())
 
 
@@ -255,6 +264,28 @@ def qlinear_rather_not(x: Tensor, *_: Any, **__: Any) -> str | None:
     return "mma.sync leaves half of the rate of compute capability 9.0 unused, wgmma does not"
 
 
+COUNTERS = 1024
+"""ERQ_CUDA_COUNTERS of csrc/cuda/erq_cuda.h."""
+
+
+@cache
+def _counters_of_stream(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+
+
+def _counters(library: Library, device: torch.device) -> Tensor:
+    """Zeros that every launch leaves zero, shared by launches that follow one another.
+
+    Those are the launches of a stream; a CUDA graph may be replayed beside them, so each launch in
+    one has counters of its own.
+    """
+    if library.emulated:
+        return _counters_of_stream(device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return _counters_of_stream(device, torch.cuda.current_stream(device).cuda_stream)
+
+
 def dequant_linear(
     x: Tensor,
     packed: Tensor,
@@ -265,8 +296,9 @@ def dequant_linear(
     zero_point2: Tensor | None = None,
     columns: Tensor | None = None,
     bias: Tensor | None = None,
+    splits: int = 0,
 ) -> Tensor:
-    """See `ops.dequant_linear`.
+    """See `ops.dequant_linear`; `splits` cuts K among so many thread blocks, by size if it is 0.
 
     Raises:
         CudaError: the launch failed.
@@ -286,10 +318,19 @@ def dequant_linear(
             "zero_point2": zero_point2, "columns": columns, "bias": bias,
         }.items()
     }  # fmt: skip
+    if not splits:
+        splits = library.handle.erq_cuda_dequant_linear_splits(m, n, k, library.index(x.device))
+        library.check(splits > 0)
+    partial = arrived = None
+    if splits > 1:
+        width = (n + 15) // 16 * 16
+        partial = torch.empty((splits, m, width), dtype=torch.float32, device=x.device)
+        arrived = _counters(library, x.device)
     args = DequantLinearArgs(
         x=_pointer(x), packed=_pointer(packed), out=_pointer(out), x_stride=x.stride(0),
         m=m, n=n, k=k, n_columns=0 if columns is None else columns.numel(), bits=bits,
-        type=TYPES[x.dtype], **{name: _pointer(vector) for name, vector in vectors.items()},
+        type=TYPES[x.dtype], splits=splits, partial=_pointer(partial), arrived=_pointer(arrived),
+        **{name: _pointer(vector) for name, vector in vectors.items()},
     )  # fmt: skip
     library.run("erq_cuda_dequant_linear", args, x.device)
     return out

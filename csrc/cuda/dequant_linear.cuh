@@ -1,12 +1,14 @@
 // dequant_linear: x W^T + bias for few rows of x, W read once from its packed codes of 2..8 bits.
 //
-// Grid: a block per 16 rows of W and 8 or 64 rows of x. The four warps of a block share its outputs
-// and split K: unit u of 128 codes belongs to lane t of a group of four, u = 4 warp + t (mod 16).
-// A lane reads its unit of rows g and g + 8 of W, 16 bytes at a time where rows begin at multiples of
-// 16 bytes (K a multiple of 128), and the same 128 columns of row g of x. The product does not care
-// for the order of K, so four neighbouring codes of each lane are one mma.m16n8k16 (W is its A, x its
-// B): nothing passes through shared memory or between lanes before the end, where the warps' sums are
-// added in a fixed order.
+// Grid: (16 rows of W, 8 or 64 rows of x, a part of K). The four warps of a block share its outputs
+// and cut its part of K: step s of K belongs to warp s mod 4 of part s / 4 mod splits, and of a step
+// each lane of a group of four has a unit of 128 codes, or of 32 where K is too short to give every
+// warp a step of 512. A lane reads its unit of rows g and g + 8 of W, 16 bytes at a time (units of 32
+// of odd widths: 8 or 4), and the same columns of row g of x. The product does not care for the order
+// of K, so four neighbouring codes of each lane are one mma.m16n8k16 (W is its A, x its B): nothing
+// passes through shared memory or between lanes before the end, where the warps' sums are added in a
+// fixed order. Parts of K meet in global memory: every block publishes its sums, and the last of a
+// tile to do so adds them in the order of K, so the result does not depend on which one it was.
 //
 // Codes become 16-bit floats by bits: fp16 holds 1024 + code as 0x6400 | code, fp32 holds
 // 2^23 + code as 0x4B000000 | code; then code - zero_point is one subtraction, exact, as is its 16-bit
@@ -21,8 +23,10 @@
 
 namespace erq {
 
-constexpr int kUnit = 128;       // codes
-constexpr int kUnitGroups = 4;   // of 32 codes: `bits` words
+constexpr int kUnitGroups = 4;  // of 32 codes, `bits` words each
+constexpr int kUnit = 32 * kUnitGroups;
+constexpr int kShortStep = 4 * 32, kLongStep = 4 * kUnit;  // columns of a warp
+constexpr int kMostSplits = 1024;
 constexpr int kDequantWarps = 4;
 constexpr int kDequantThreads = 32 * kDequantWarps;
 constexpr int kDequantRows = 16;  // of W
@@ -30,7 +34,7 @@ constexpr int kPartStride = kDequantRows + 4;  // words; see `finish`
 
 struct DequantParams {
   erq_cuda_dequant_linear_args a;
-  bool wide;  // every row of W begins at a multiple of 16 bytes
+  int groups;  // in a lane's unit: 1, or kUnitGroups, then K is a multiple of kUnit
   bool vectors, out;  // 4 neighbours of a vector, or of the result, are one access
 };
 
@@ -52,7 +56,7 @@ struct DequantBlock {
   const DequantParams &p;
   char *memory;
   int warp, group, in_group;  // lane = 4 group + in_group
-  int n0, m0;
+  int n0, m0, part_of_k;
   uint32_t zero[2][2];  // what turns codes of row 8 h + group into numbers, of both quantizers
   float acc[Tiles][4], acc2[Tiles][4];
 
@@ -63,6 +67,7 @@ struct DequantBlock {
     in_group = thread_index() % 4;
     n0 = block_index() * kDequantRows;
     m0 = block_index_y() * Tiles * 8;
+    part_of_k = block_index_z();
     ERQ_UNROLL
     for (int i = 0; i < Tiles; ++i)
       ERQ_UNROLL
@@ -105,20 +110,31 @@ struct DequantBlock {
 
   // The words of a unit of row n; 0 beyond the edges.
   ERQ_DEVICE void load_codes(uint32_t (&w)[kWords], int n, int unit) const {
-    const int left = n < p.a.n && unit * kUnit < p.a.k ? (p.a.k - unit * kUnit) / 32 * Bits : 0;
-    const char *row = static_cast<const char *>(p.a.packed);
-    if (left > 0) row += (static_cast<int64_t>(n) * p.a.k / 8 + unit * (kUnit / 8)) * Bits;
-    if (p.wide) {  // K is a multiple of the unit
-      ERQ_UNROLL
-      for (int i = 0; i < Bits; ++i) {
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (left > 0) v = load_global(reinterpret_cast<const uint4 *>(row) + i);
-        w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
+    ERQ_UNROLL
+    for (int i = 0; i < kWords; ++i) w[i] = 0;
+    if (n >= p.a.n || unit * p.groups * 32 >= p.a.k) return;
+    const uint32_t *from = static_cast<const uint32_t *>(p.a.packed) +
+                           (static_cast<int64_t>(n) * (p.a.k / 32) + unit * p.groups) * Bits;
+    if (p.groups == kUnitGroups)
+      load_words<kWords>(w, from);
+    else
+      load_words<Bits>(w, from);
+  }
+
+  // `Count` words that begin at a multiple of `Count` words.
+  template <int Count>
+  static ERQ_DEVICE void load_words(uint32_t (&w)[kWords], const uint32_t *from) {
+    ERQ_UNROLL
+    for (int i = 0; i < Count; i += Count % 4 == 0 ? 4 : Count % 2 == 0 ? 2 : 1) {
+      if constexpr (Count % 4 == 0) {
+        const uint4 v = load_global(reinterpret_cast<const uint4 *>(from + i));
+        w[i] = v.x, w[i + 1] = v.y, w[i + 2] = v.z, w[i + 3] = v.w;
+      } else if constexpr (Count % 2 == 0) {
+        const uint2 v = load_global(reinterpret_cast<const uint2 *>(from + i));
+        w[i] = v.x, w[i + 1] = v.y;
+      } else {
+        w[i] = load_global(from + i);
       }
-    } else {
-      ERQ_UNROLL
-      for (int i = 0; i < kWords; ++i)
-        w[i] = i < left ? load_global(reinterpret_cast<const uint32_t *>(row) + i) : 0;
     }
   }
 
@@ -236,8 +252,8 @@ struct DequantBlock {
   ERQ_DEVICE void multiply_unit(uint32_t (&w)[2][kWords], uint32_t (&marks)[4], bool has_outliers,
                                 int unit) {
     ERQ_NO_UNROLL
-    for (int group32 = 0; group32 < kUnitGroups; ++group32) {
-      const int k = unit * kUnit + group32 * 32;
+    for (int group32 = 0; group32 < p.groups; ++group32) {
+      const int k = (unit * p.groups + group32) * 32;
       multiply_octet<0>(w, marks[0], has_outliers, k);
       multiply_octet<1>(w, marks[0], has_outliers, k);
       multiply_octet<2>(w, marks[0], has_outliers, k);
@@ -254,9 +270,10 @@ struct DequantBlock {
   ERQ_DEVICE void run() {
     if (is_dual()) mark_outliers();
     load_zeros();
-    const int units = (p.a.k + kUnit - 1) / kUnit;
-    for (int first = 4 * warp; first < units; first += 4 * kDequantWarps) {
-      const int unit = first + in_group;
+    const int steps = (p.a.k / 32 + 4 * p.groups - 1) / (4 * p.groups);
+    for (int step = part_of_k * kDequantWarps + warp; step < steps;
+         step += p.a.splits * kDequantWarps) {
+      const int unit = 4 * step + in_group;
       uint32_t w[2][kWords];
       load_codes(w[0], n0 + group, unit);
       load_codes(w[1], n0 + 8 + group, unit);
@@ -265,7 +282,8 @@ struct DequantBlock {
       if (is_dual()) {
         ERQ_UNROLL
         for (int i = 0; i < 4; ++i)
-          if (unit * 4 + i < p.a.k / 32) marks[i] = load_shared(outliers() + unit * 4 + i);
+          if (i < p.groups && unit * p.groups + i < p.a.k / 32)
+            marks[i] = load_shared(outliers() + unit * p.groups + i);
         has_outliers = any_lane((marks[0] | marks[1] | marks[2] | marks[3]) != 0);
       }
       multiply_unit(w, marks, has_outliers, unit);
@@ -309,12 +327,52 @@ struct DequantBlock {
         ERQ_UNROLL
         for (int e = 0; e < 4; ++e) y[e] += y2[e] * scale2[e];
       }
-      if (p.a.bias) {
-        ERQ_UNROLL
-        for (int e = 0; e < 4; ++e) y[e] += bias[e];
-      }
-      if (m0 + row < p.a.m) store_floats(p.a.out, X::kType, p.a.n, p.out, m0 + row, n, y);
+      if (p.a.splits == 1)
+        store(y, bias, row, n);
+      else if (m0 + row < p.a.m)
+        publish(partial(part_of_k, row, n), make_float4(y[0], y[1], y[2], y[3]));
     }
+    if (p.a.splits == 1 || !is_last_of_tile()) return;
+    for (int tile = warp; tile < Tiles; tile += kDequantWarps) {
+      const int row = tile * 8 + lane / 8 + lane / 4 % 2 * 4;
+      if (m0 + row >= p.a.m) continue;
+      float y[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int part = ERQ_FAULT(kPartial) ? 1 : 0; part < p.a.splits; ++part) {
+        const float4 v = load_published(partial(part, row, n));
+        y[0] += v.x, y[1] += v.y, y[2] += v.z, y[3] += v.w;
+      }
+      store(y, bias, row, n);
+    }
+  }
+
+  ERQ_DEVICE void store(float (&y)[4], const float (&bias)[4], int row, int n) const {
+    if (p.a.bias) {
+      ERQ_UNROLL
+      for (int e = 0; e < 4; ++e) y[e] += bias[e];
+    }
+    if (m0 + row < p.a.m) store_floats(p.a.out, X::kType, p.a.n, p.out, m0 + row, n, y);
+  }
+
+  // Sums of outputs n .. n + 3 over a part of K.
+  ERQ_DEVICE float4 *partial(int part, int row, int n) const {
+    const int64_t width = (p.a.n + kDequantRows - 1) / kDequantRows * kDequantRows;
+    return reinterpret_cast<float4 *>(
+        p.a.partial + (static_cast<int64_t>(part) * p.a.m + m0 + row) * width + n);
+  }
+
+  // Whether all other parts of K have been published.
+  ERQ_DEVICE bool is_last_of_tile() const {
+    if (!ERQ_FAULT(kArrivalBarrier)) barrier();  // the whole block has published
+    uint32_t *is_last = reinterpret_cast<uint32_t *>(memory);
+    if (thread_index() == 0) {
+      const int tiles_n = (p.a.n + kDequantRows - 1) / kDequantRows;
+      uint32_t *counter = p.a.arrived + block_index_y() * tiles_n + block_index();
+      const bool last = ERQ_FAULT(kCounter) ? part_of_k == p.a.splits - 1
+                                            : count_arrival(counter, p.a.splits);
+      store_shared(is_last, last ? 1u : 0u);
+    }
+    barrier();
+    return load_shared(is_last) != 0;
   }
 
   ERQ_DEVICE void add_parts(float (&y)[4], int which, int at) const {
@@ -340,17 +398,20 @@ const char *launch_dequant(const DequantParams &p, void *stream) {
   using Block = DequantBlock<Bits, X, Tiles>;
   const int marks = p.a.k / 32 * 4;
   const int bytes = marks > Block::kSharedBytes ? marks : Block::kSharedBytes;
-  return launch(dequant_linear_kernel<Bits, X, Tiles>, (p.a.n + kDequantRows - 1) / kDequantRows,
-                (p.a.m + Tiles * 8 - 1) / (Tiles * 8), kDequantThreads, bytes, stream, p);
+  const Grid grid = {(p.a.n + kDequantRows - 1) / kDequantRows,
+                     (p.a.m + Tiles * 8 - 1) / (Tiles * 8), p.a.splits};
+  return launch(dequant_linear_kernel<Bits, X, Tiles>, grid, kDequantThreads, bytes, stream, p);
 }
 
-// One row of x, or a few, need an eighth of the registers.
+// Of 8 rows of x, in a block: one row, or a few, need an eighth of the registers.
+inline int dequant_tiles(int m) { return m <= 8 ? 1 : 8; }
+
 template <class X, int Bits = 2>
 const char *launch_dequant_bits(const DequantParams &p, void *stream) {
   if constexpr (Bits <= 8) {
     if (p.a.bits == Bits)
-      return p.a.m <= 8 ? launch_dequant<Bits, X, 1>(p, stream)
-                        : launch_dequant<Bits, X, 8>(p, stream);
+      return dequant_tiles(p.a.m) == 1 ? launch_dequant<Bits, X, 1>(p, stream)
+                                       : launch_dequant<Bits, X, 8>(p, stream);
     return launch_dequant_bits<X, Bits + 1>(p, stream);
   }
   return "bits must be from 2 to 8";

@@ -6,6 +6,12 @@
 
 #include <stdint.h>
 
+namespace erq {
+struct Grid {
+  int x, y = 1, z = 1;
+};
+}  // namespace erq
+
 #ifdef ERQ_EMULATE
 #include "emulate.h"
 #else
@@ -27,6 +33,7 @@ namespace erq {
 ERQ_DEVICE int thread_index() { return threadIdx.x; }
 ERQ_DEVICE int block_index() { return blockIdx.x; }
 ERQ_DEVICE int block_index_y() { return blockIdx.y; }
+ERQ_DEVICE int block_index_z() { return blockIdx.z; }
 
 ERQ_DEVICE char *shared_memory() {
   extern __shared__ __align__(128) char memory[];
@@ -101,6 +108,25 @@ ERQ_DEVICE void store_shared(T *to, T value) {
   *to = value;
 }
 
+// Global memory through which blocks of one launch speak to one another, past the caches of their
+// multiprocessors. `publish`; barrier; one thread's `count_arrival`; barrier; `load_published`: the
+// last block to arrive then reads what all of them published.
+template <class T>
+ERQ_DEVICE void publish(T *to, T value) {
+  __stcg(to, value);
+}
+template <class T>
+ERQ_DEVICE T load_published(const T *from) {
+  return __ldcg(from);
+}
+// Whether `count` - 1 others came before; the counter goes from `count` - 1 back to 0.
+ERQ_DEVICE bool count_arrival(uint32_t *counter, uint32_t count) {
+  __threadfence();  // what the block published comes before
+  const bool is_last = atomicInc(counter, count - 1) == count - 1;
+  __threadfence();  // what it reads comes after
+  return is_last;
+}
+
 ERQ_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 ERQ_DEVICE float bfloat16_to_float(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
 ERQ_DEVICE uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
@@ -146,14 +172,14 @@ inline const char *multiprocessors(int device, int *count) {
 
 // Null, or why the kernel was not launched.
 template <class Params>
-const char *launch(void (*kernel)(Params), int grid, int grid_y, int threads, int shared_bytes,
-                   void *stream, const Params &params) {
+const char *launch(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, void *stream,
+                   const Params &params) {
   cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
                                            cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            shared_bytes);
   if (error == cudaSuccess) {
-    kernel<<<dim3(grid, grid_y), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
-        params);
+    kernel<<<dim3(grid.x, grid.y, grid.z), threads, shared_bytes,
+             static_cast<cudaStream_t>(stream)>>>(params);
     error = cudaGetLastError();
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -8,7 +8,10 @@
 // - two accesses to a byte of shared memory by different threads, one of them a write, with no
 //   barrier between them (of the warp, if both are in it), are an error, whatever their order was;
 //   so is an access to bytes that a cp.async may still be writing;
-// - a barrier or a warp instruction that not every thread reaches is an error.
+// - a barrier or a warp instruction that not every thread reaches is an error;
+// - blocks run one after another in any order that is asked for, and what one publishes reaches the
+//   others by a fence of a thread that wrote it or that met its writer at a barrier, else not before
+//   the launch ends; they read it from memory alone.
 // Fragments are laid out by the tables of the PTX manual (PTX ISA 8.x, "Matrix fragments for mma"),
 // element by element, without a look at how the kernels use them.
 // Bank conflicts are counted from the addresses of every access to shared memory.
@@ -23,9 +26,12 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <deque>
 #include <initializer_list>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <set>
 #include <vector>
 
@@ -63,8 +69,12 @@ struct Statistics {
 inline Statistics statistics;
 
 // What the kernels do wrong on purpose, where they say ERQ_FAULT.
-enum Fault { kNoFault, kFragment, kBarrier, kPipeline, kSwizzle };
+enum Fault {
+  kNoFault, kFragment, kBarrier, kPipeline, kSwizzle, kCounter, kFence, kArrivalBarrier, kPartial
+};
 inline int fault;
+// Blocks run from the first to the last, or, if not 0, shuffled by this number.
+inline unsigned block_order;
 inline bool is_reversed;  // warps and lanes run from the last to the first
 
 struct Fibre {
@@ -90,7 +100,7 @@ struct Shadow {
 };
 
 struct Block {
-  int index, index_y, threads, shared_bytes;
+  int index, index_y, index_z, threads, shared_bytes;
   std::vector<Fibre> fibres;
   std::unique_ptr<char[]> storage;
   char *shared;
@@ -112,6 +122,9 @@ struct Block {
   };
   std::vector<Meeting> meetings;
   int at_barrier = 0;
+  // Written to global memory for other blocks, not yet seen by them.
+  struct Published { void *to; char bytes[16]; int size, thread; long epoch; };
+  std::vector<Published> published;
 };
 inline Block *block;
 inline char error[256];
@@ -435,6 +448,7 @@ inline int32_t signed_8(uint32_t bits) { return static_cast<int32_t>(bits ^ 128)
 inline int thread_index() { return emulation::block->current; }
 inline int block_index() { return emulation::block->index; }
 inline int block_index_y() { return emulation::block->index_y; }
+inline int block_index_z() { return emulation::block->index_z; }
 inline char *shared_memory() { return emulation::block->shared; }
 
 inline void barrier() {
@@ -628,6 +642,35 @@ void store_shared(T *to, T value) {
   *to = value;
 }
 
+template <class T>
+void publish(T *to, T value) {
+  using namespace emulation;
+  static_assert(sizeof(T) <= 16, "an access");
+  Block::Published written{to, {}, sizeof(T), block->current, block->epoch};
+  memcpy(written.bytes, &value, sizeof(T));
+  block->published.push_back(written);
+}
+template <class T>
+T load_published(const T *from) {
+  return *from;
+}
+inline void fence() {
+  using namespace emulation;
+  std::vector<Block::Published> left;
+  for (const Block::Published &each : block->published)
+    if (each.thread == block->current || each.epoch < block->epoch)
+      memcpy(each.to, each.bytes, each.size);
+    else
+      left.push_back(each);
+  block->published.swap(left);
+}
+inline bool count_arrival(uint32_t *counter, uint32_t count) {
+  if (!ERQ_FAULT(kFence)) fence();
+  const bool is_last = *counter >= count - 1;
+  *counter = is_last ? 0 : *counter + 1;
+  return is_last;
+}
+
 inline uint32_t subtract_half2(uint32_t a, uint32_t b) {
   uint32_t result = 0;
   for (int shift = 0; shift < 32; shift += 16) {
@@ -685,8 +728,8 @@ inline void run_block(Block &b) {
 }  // namespace emulation
 
 template <class Params>
-const char *launch(void (*kernel)(Params), int grid, int grid_y, int threads, int shared_bytes,
-                   void *, const Params &params) {
+const char *launch(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, void *,
+                   const Params &params) {
   using namespace emulation;
   struct Call {
     void (*kernel)(Params);
@@ -706,11 +749,19 @@ const char *launch(void (*kernel)(Params), int grid, int grid_y, int threads, in
     c->kernel(c->params);
   };
   block = &b;
-  for (int i = 0; i < grid * grid_y; ++i) {
-    b.index = i % grid;
-    b.index_y = i / grid;
+  std::vector<int> order(grid.x * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0);
+  if (block_order) std::shuffle(order.begin(), order.end(), std::minstd_rand(block_order));
+  std::vector<Block::Published> late;
+  for (const int i : order) {
+    b.index = i % grid.x;
+    b.index_y = i / grid.x % grid.y;
+    b.index_z = i / grid.x / grid.y;
     run_block(b);
+    late.insert(late.end(), b.published.begin(), b.published.end());
+    b.published.clear();
   }
+  for (const Block::Published &each : late) memcpy(each.to, each.bytes, each.size);
   block = nullptr;
   return error[0] ? error : nullptr;
 }

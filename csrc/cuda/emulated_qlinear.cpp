@@ -12,6 +12,9 @@ ERQ_CUDA_API void erq_emulation_fault(int fault) { erq::emulation::fault = fault
 // Run warps and lanes from the last to the first.
 ERQ_CUDA_API void erq_emulation_reverse(int reversed) { erq::emulation::is_reversed = reversed != 0; }
 
+// Run blocks from the first to the last (0), or shuffled by another number.
+ERQ_CUDA_API void erq_emulation_block_order(unsigned order) { erq::emulation::block_order = order; }
+
 // Wavefronts that were needed without conflicts, then those above, since the last call: of ldmatrix,
 // cp.async, loads and stores; 8 numbers.
 ERQ_CUDA_API void erq_emulation_statistics(long long *to) {

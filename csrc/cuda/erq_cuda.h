@@ -16,7 +16,10 @@ extern "C" {
 #define ERQ_CUDA_API __attribute__((visibility("default")))
 
 /* Changes with every change of this header. */
-#define ERQ_CUDA_ABI 1
+#define ERQ_CUDA_ABI 2
+
+/* Of erq_cuda_dequant_linear_args.arrived. */
+#define ERQ_CUDA_COUNTERS 1024
 
 enum erq_cuda_type { ERQ_F32, ERQ_F16, ERQ_BF16, ERQ_CODES8, ERQ_CODES4 };
 enum erq_cuda_operands { ERQ_S8_S8, ERQ_U4_S4 };
@@ -48,6 +51,10 @@ typedef struct {
 
 /* y = x * W^T + bias, W read from the dense bit stream of its codes [n, k];
  * W = (code - zero_point) * scale, in `columns` (code - zero_point2) * scale2.
+ *
+ * With splits > 1, so many blocks share the sums of 16 outputs: each writes its part to `partial`, and
+ * the last to arrive adds the parts in their order, so that results do not depend on who was last.
+ * Nobody else may use `partial` and `arrived` until the kernel has run; `arrived` is zero again then.
  */
 typedef struct {
   const void *x;         /* [m, k] of type, rows multiples of 16 bytes apart */
@@ -62,6 +69,9 @@ typedef struct {
   int64_t x_stride;           /* elements from row to row */
   int32_t m, n, k, n_columns; /* k a multiple of 32 */
   int32_t bits, type;
+  int32_t splits;    /* 1..n of K, as erq_cuda_dequant_linear_splits() says, or another number */
+  float *partial;    /* [splits, m, n rounded up to 16], 16-byte aligned; null with splits == 1 */
+  uint32_t *arrived; /* [ERQ_CUDA_COUNTERS] zeros; null with splits == 1 */
 } erq_cuda_dequant_linear_args;
 
 ERQ_CUDA_API int erq_cuda_abi(void);
@@ -75,6 +85,9 @@ ERQ_CUDA_API const char *erq_cuda_error(void);
 ERQ_CUDA_API int erq_cuda_qlinear(const erq_cuda_qlinear_args *args, int device, void *stream);
 ERQ_CUDA_API int erq_cuda_dequant_linear(const erq_cuda_dequant_linear_args *args, int device,
                                          void *stream);
+
+/* Into how many parts K is best cut, 1 or more; 0: no such device. */
+ERQ_CUDA_API int erq_cuda_dequant_linear_splits(int32_t m, int32_t n, int32_t k, int device);
 
 #ifdef __cplusplus
 }

@@ -24,6 +24,9 @@ int64_t type_bytes(int type) { return type == ERQ_F32 ? 4 : type == ERQ_CODES8 ?
 // The bits that mark outliers fill 96 KB of shared memory.
 constexpr int kMostColumns = 96 * 1024 * 8;
 
+// More blocks than this have no need of a split.
+constexpr int kMostSplitTiles = ERQ_CUDA_COUNTERS;
+
 // Offsets within a tile of 128 rows fit 32 bits.
 constexpr int64_t kLongestRow = 1 << 24;
 
@@ -104,6 +107,26 @@ const char *run_qlinear(const erq_cuda_qlinear_args &a, int device, void *stream
   return a.operands == ERQ_U4_S4 ? launch_s4(tile, p, stream) : launch_s8(tile, p, stream);
 }
 
+// Of 16 outputs and 8 or 64 rows of x, with a block each where K is not split.
+int64_t count_dequant_tiles(int m, int n) {
+  return static_cast<int64_t>(ceil_div(n, kDequantRows)) * ceil_div(m, 8 * dequant_tiles(m));
+}
+
+// As many as give every multiprocessor a block, unless warps would have no step of K then.
+const char *choose_splits(int m, int n, int k, int device, int *splits) {
+  int count = 0;
+  if (const char *reason = multiprocessors(device, &count)) return reason;
+  const int most = ceil_div(k, kShortStep * kDequantWarps);
+  const int64_t tiles = count_dequant_tiles(m, n);
+  if (tiles == 0 || tiles > kMostSplitTiles) {
+    *splits = 1;
+    return nullptr;
+  }
+  const int wanted = ceil_div(count, static_cast<int>(tiles));
+  *splits = most < 1 ? 1 : wanted < most ? wanted : most;
+  return nullptr;
+}
+
 const char *run_dequant_linear(const erq_cuda_dequant_linear_args &a, int device, void *stream) {
   if (a.m < 0 || a.n < 0 || a.k < 0) return "negative size";
   if (a.k % 32) return "k must be a multiple of 32";
@@ -115,11 +138,20 @@ const char *run_dequant_linear(const erq_cuda_dequant_linear_args &a, int device
     return "scale2, zero_point2 and columns come together";
   if (!is_aligned(a.packed, 16) || !is_aligned(a.x, 16) || a.x_stride * type_bytes(a.type) % 16)
     return "packed codes and rows of x must begin at multiples of 16 bytes";
+  if (a.splits < 1 || a.splits > kMostSplits) return "splits must be from 1 to 1024";
   if (a.m == 0 || a.n == 0) return nullptr;
+  if (a.splits > 1) {
+    if (!a.partial || !is_aligned(a.partial, 16) || !a.arrived)
+      return "a split K needs partial, 16-byte aligned, and arrived";
+    if (count_dequant_tiles(a.m, a.n) > kMostSplitTiles)
+      return "so many outputs have more tiles than ERQ_CUDA_COUNTERS: splits must be 1";
+  }
   if (const char *reason = begin_call(device)) return reason;
   DequantParams p;
   p.a = a;
-  p.wide = a.k % kUnit == 0;
+  // Short steps where long ones would leave warps idle, or would not end with K.
+  const bool is_long = a.k % kUnit == 0 && a.k / kLongStep >= kDequantWarps * a.splits;
+  p.groups = is_long ? kUnitGroups : 1;
   p.vectors = a.n % 4 == 0 && is_aligned(a.scale, 16) && is_aligned(a.scale2, 16) &&
               is_aligned(a.bias, 16);
   p.out = a.n % 4 == 0 && is_aligned(a.out, 4 * type_bytes(a.type));
@@ -150,6 +182,14 @@ const char *erq_cuda_error(void) { return erq::error_text; }
 int erq_cuda_qlinear(const erq_cuda_qlinear_args *args, int device, void *stream) {
   const char *reason = erq::run_qlinear(*args, device, stream);
   return reason ? erq::fail("qlinear", reason) : 0;
+}
+
+int erq_cuda_dequant_linear_splits(int32_t m, int32_t n, int32_t k, int device) {
+  int splits = 0;
+  const char *reason = m < 0 || n < 0 || k < 0
+                           ? "negative size"
+                           : erq::choose_splits(m, n, k, device, &splits);
+  return reason ? erq::fail("dequant_linear", reason), 0 : splits;
 }
 
 int erq_cuda_dequant_linear(const erq_cuda_dequant_linear_args *args, int device, void *stream) {

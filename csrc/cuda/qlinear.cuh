@@ -331,19 +331,19 @@ const char *launch_tile(int tile, const QlinearParams &p, void *stream) {
       if constexpr (Dual) return "the 128x128 tile has no room for the sums of two segments";
       else {
         using T = Tile<FourBit, 128, 128, 2, 2, 3, 2, false, Offset>;
-        return launch(qlinear_kernel<T>, grid, 1, T::kThreads, T::kSharedBytes, stream, p);
+        return launch(qlinear_kernel<T>, {grid}, T::kThreads, T::kSharedBytes, stream, p);
       }
     case 1: {
       using T = Tile<FourBit, 64, 128, 2, 2, 4, 2, Dual, Offset>;
-      return launch(qlinear_kernel<T>, grid, 1, T::kThreads, T::kSharedBytes, stream, p);
+      return launch(qlinear_kernel<T>, {grid}, T::kThreads, T::kSharedBytes, stream, p);
     }
     case 2: {
       using T = Tile<FourBit, 64, 64, 2, 2, 4, 3, Dual, Offset>;
-      return launch(qlinear_kernel<T>, grid, 1, T::kThreads, T::kSharedBytes, stream, p);
+      return launch(qlinear_kernel<T>, {grid}, T::kThreads, T::kSharedBytes, stream, p);
     }
     default: {
       using T = Tile<FourBit, 32, 64, 2, 2, 4, 4, Dual, Offset>;
-      return launch(qlinear_kernel<T>, grid, 1, T::kThreads, T::kSharedBytes, stream, p);
+      return launch(qlinear_kernel<T>, {grid}, T::kThreads, T::kSharedBytes, stream, p);
     }
   }
 }

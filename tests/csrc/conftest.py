@@ -37,3 +37,4 @@ def emulation(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulat
     yield emulation
     emulation.put_fault(None)
     emulation.reverse(False)
+    emulation.shuffle_blocks(0)

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[2]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O1")
 
 ACCESSES = ("ldmatrix", "cp.async", "loads", "stores")
-FAULTS = {"fragment": 1, "barrier": 2, "pipeline": 3, "swizzle": 4}
+FAULTS = {
+    "fragment": 1, "barrier": 2, "pipeline": 3, "swizzle": 4,
+    "counter": 5, "fence": 6, "arrival barrier": 7, "partial": 8,
+}  # fmt: skip
 
 
 @cache
@@ -55,20 +58,24 @@ class Emulation:
     """What a loaded emulated library can be told and asked besides its kernels."""
 
     def __init__(self, path: Path) -> None:
-        self._handle = ctypes.CDLL(str(path))
+        self.handle = ctypes.CDLL(str(path))
 
     def put_fault(self, name: str | None) -> None:
         """Make the kernels wrong in one way of FAULTS, or right again."""
-        self._handle.erq_emulation_fault(FAULTS[name] if name else 0)
+        self.handle.erq_emulation_fault(FAULTS[name] if name else 0)
 
     def reverse(self, reversed_: bool) -> None:
         """Run warps and lanes from the last to the first."""
-        self._handle.erq_emulation_reverse(int(reversed_))
+        self.handle.erq_emulation_reverse(int(reversed_))
+
+    def shuffle_blocks(self, order: int) -> None:
+        """Run blocks in an order of this number; 0: from the first to the last."""
+        self.handle.erq_emulation_block_order(order)
 
     def statistics(self) -> tuple[dict[str, int], dict[str, int]]:
         """Wavefronts of accesses to shared memory, and bank conflicts, since the last call."""
         numbers = (ctypes.c_longlong * 8)()
-        self._handle.erq_emulation_statistics(numbers)
+        self.handle.erq_emulation_statistics(numbers)
         values = list(numbers)
         return (
             dict(zip(ACCESSES, values[:4], strict=True)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from emulation import Emulation
 from torch import Tensor
 
-from erq_kernels import explain, ops, reference
+from erq_kernels import _cuda, explain, ops, reference
 from erq_kernels.formats import pack
 
 Call = dict[str, Any]
@@ -36,6 +38,13 @@ def build(
     }
 
 
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and sums of parts begin as NaN, not as what a call before left there."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+
+
 def weight(call: Call) -> Tensor:
     return reference.dequantize_weight(
         call["packed"], call["bits"], (len(call["scale"]), call["x"].shape[1]), call["scale"],
@@ -43,9 +52,16 @@ def weight(call: Call) -> Tensor:
     ).double()  # fmt: skip
 
 
-def check(call: Call) -> None:
+def run(call: Call, splits: int = 0) -> Tensor:
+    return _cuda.dequant_linear(**call, splits=splits)
+
+
+def check(call: Call, splits: int | None = None) -> None:
     """Within what summing K fp32 products in any order and one cast of the result leave."""
-    got = ops.dequant_linear(**call, backend="cuda")
+    if splits is None:
+        got = ops.dequant_linear(**call, backend="cuda")
+    else:
+        got = run(call, splits)
     assert got.dtype == call["x"].dtype
     x, w = call["x"].double(), weight(call)
     bias = torch.zeros(len(w)) if call["bias"] is None else call["bias"]
@@ -93,6 +109,99 @@ def test_values_that_16_bits_do_not_hold(emulation: Emulation) -> None:
     )
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("splits", [2, 3, 5])
+def test_every_width_at_several_splits(bits: int, splits: int, emulation: Emulation) -> None:
+    """Lanes that read 32 codes and 128, parts of K that are shorter than others, and empty ones."""
+    dtype = FLOATS[(bits + splits) % 3]
+    for m, n, k, outliers in ((1, 33, 1568, 9), (2, 16, 2048 * splits, 0), (9, 20, 96, 5)):
+        check(build(m, n, k, bits, dtype, outliers), splits)
+
+
+@pytest.mark.parametrize("m", [1, 7, 8, 9, 17, 63, 64])
+def test_rows_at_several_splits(m: int, emulation: Emulation) -> None:
+    for splits in (2, 4):
+        check(build(m, 24, 1120, 3, torch.float16, 3), splits)
+
+
+def test_splits_are_chosen_by_size(emulation: Emulation) -> None:
+    """The emulated device has 4 multiprocessors; a part has 512 columns, so no warp is idle."""
+    handle = emulation.handle
+    for (m, n, k), splits in {
+        (1, 16, 4096): 4, (1, 32, 4096): 2, (1, 33, 4096): 2, (1, 49, 4096): 1,
+        (8, 16, 512): 1, (8, 16, 544): 2, (64, 16, 1536): 3, (9, 64, 4096): 1,
+        (1, 16, 0): 1, (0, 16, 4096): 1, (1, 0, 4096): 1, (64, 2**20, 4096): 1,
+    }.items():  # fmt: skip
+        assert handle.erq_cuda_dequant_linear_splits(m, n, k, 0) == splits, (m, n, k)
+    assert handle.erq_cuda_dequant_linear_splits(-1, 16, 64, 0) == 0
+    call = build(3, 16, 2048, 4)
+    assert torch.equal(ops.dequant_linear(**call, backend="cuda"), run(call, 4))
+    assert not torch.equal(run(call, 4), run(call, 1))  # another order of the same sum
+
+
+def test_the_last_block_to_arrive_may_be_any(emulation: Emulation) -> None:
+    for call in (
+        build(9, 33, 1600, 6, torch.bfloat16, 11),
+        build(3, 50, 4096, 4, torch.float32),
+    ):
+        want = run(call, 4)
+        for order in range(1, 9):
+            emulation.shuffle_blocks(order)
+            emulation.reverse(order % 2 == 1)
+            assert torch.equal(run(call, 4), want)
+        emulation.shuffle_blocks(0)
+
+
+@pytest.mark.parametrize("fault", ["counter", "fence", "arrival barrier", "partial"])
+def test_a_fault_of_the_split_shows(fault: str, emulation: Emulation) -> None:
+    """In some order of blocks; without it, in none."""
+    call = build(1, 40, 2048, 4)
+    want = run(call, 4)
+
+    def is_right(order: int) -> bool:
+        emulation.shuffle_blocks(order)
+        return torch.equal(run(call, 4), want)
+
+    assert all(map(is_right, range(6)))
+    emulation.put_fault(fault)
+    assert not all(map(is_right, range(6)))
+
+
+def test_a_split_needs_its_workspace(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = build(2, 20, 64, 4)
+    with pytest.raises(_cuda.CudaError, match="splits must be from 1 to 1024"):
+        run(call, 1025)
+    with pytest.raises(_cuda.CudaError, match="more tiles than ERQ_CUDA_COUNTERS"):
+        run(build(1, 16 * _cuda.COUNTERS + 1, 32, 2), 2)
+    real = _cuda.DequantLinearArgs
+    for name in ("partial", "arrived"):
+        monkeypatch.setattr(
+            _cuda, "DequantLinearArgs", lambda _name=name, **fields: real(**fields | {_name: None})
+        )
+        with pytest.raises(_cuda.CudaError, match="a split K needs partial"):
+            run(call, 2)
+
+
+def test_counters_are_of_a_stream_or_of_a_launch_in_a_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Launches that may run at once never count on the same numbers."""
+    stream = SimpleNamespace(cuda_stream=1)
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    library = _cuda.Library(ctypes.CDLL(None), emulated=False)
+    device = torch.device("cpu")
+    first = _cuda._counters(library, device)
+    assert _cuda._counters(library, device) is first
+    stream.cuda_stream = 2
+    assert _cuda._counters(library, device) is not first
+    capturing = True
+    graph = [_cuda._counters(library, device) for _ in range(2)]
+    assert graph[0] is not graph[1]
+    assert all(not c.any() and c.numel() == _cuda.COUNTERS for c in graph)
+
+
 def test_views_and_empties(emulation: Emulation) -> None:
     call = build(6, 24, 96, 4)
     want = ops.dequant_linear(**call, backend="cuda")
@@ -108,6 +217,7 @@ def test_views_and_empties(emulation: Emulation) -> None:
 def test_no_bank_conflicts(emulation: Emulation) -> None:
     for m in (1, 64):
         check(build(m, 48, 640, 4, torch.float16, 40))
+        check(build(m, 48, 640, 3, torch.float16, 40), 2)
     wavefronts, conflicts = emulation.statistics()
     assert wavefronts["loads"] and wavefronts["stores"]
     assert not any(conflicts.values()), conflicts
