@@ -14,16 +14,18 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from cases import ResultFile, Spread
+from cases import ResultFile, Spread, device_name
 from torch import Tensor, nn
 
 import erq
 from erq.deployment.network import set_backend
 from erq.engines import EngineError, start
+from erq.report import check_plot, plot_timings
 from erq.timing import interleave
 from erq_kernels import dispatch
 
@@ -82,6 +84,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="for each model and batch")
     parser.add_argument("--threads", type=int, help="of torch on a CPU")
     parser.add_argument("--name", default="models", help="of the result file")
+    parser.add_argument(
+        "--plot", type=Path, help=".png or .svg of the only model: latency, throughput by batch"
+    )
     parser.add_argument("--resume", action="store_true", help="add to the result file")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, no result file")
     args = parser.parse_args()
@@ -89,6 +94,14 @@ def main() -> None:
         batches = [int(b) for b in args.batches.split(",")]
     except ValueError:
         parser.error(f"--batches takes numbers by commas, got {args.batches!r}")
+    models = args.models.split(",")
+    if args.plot:
+        if len(models) > 1:
+            parser.error(f"--plot shows one model, got --models {args.models}")
+        try:
+            check_plot(args.plot)
+        except ValueError as error:
+            parser.error(str(error))
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,7 +113,8 @@ def main() -> None:
         f"{'model':<28}{'batch':>6}  {'engine':<20}{'ms':>9}{'quarters':>20}{'img/s':>9}"
         f"{'ratio':>8}"
     )
-    for name in args.models.split(","):
+    times_of: dict[str, dict[int, float]] = {}
+    for name in models:
         torch.manual_seed(0)
         model = timm.create_model(name, **size).eval().to(device)
         shape = (3, *model.patch_embed.img_size)
@@ -115,6 +129,7 @@ def main() -> None:
             measured = {engine: Spread.of(ms) for engine, ms in times.items()}
             base = next(iter(measured))
             for engine, spread in measured.items():
+                times_of.setdefault(engine, {})[batch] = spread.median
                 rate, ratio = 1000 * batch / spread.median, measured[base].median / spread.median
                 quarters = f"{spread.low:.3f}–{spread.high:.3f}"
                 print(
@@ -129,6 +144,8 @@ def main() -> None:
                     | {"baseline": base, "ratio": round(ratio, 3)}
                 )
             torch.compiler.reset()
+    if args.plot:
+        plot_timings(args.plot, f"{models[0]} {args.bits} · {device_name()}", times_of)
     print(f"ratios: first engine / this one; rows in {results.path}")
 
 

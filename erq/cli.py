@@ -450,6 +450,10 @@ def bench(
         ),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time budget per row.")] = 2.0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Latency and throughput by batch size, .png or .svg; needs matplotlib."),
+    ] = None,
     model_arg: ModelArgs = None,
     backend: Backend = "auto",
     device: Device = "auto",
@@ -467,9 +471,11 @@ def bench(
     chosen = None if against is None else as_engines(against)
     where = as_device(device)
     from erq.loading import full_precision_twin, load_model
-    from erq.report import Output, timing_table
+    from erq.report import Output, check_plot, plot_timings, timing_table
     from erq.timing import compare
 
+    if plot is not None:
+        check_plot(plot)
     net = load_model(model, replace(options, random_weights=True), where, backend)
     packed = hasattr(net, "erq_info")
     twin = full_precision_twin(net).to(where) if packed else net
@@ -478,6 +484,11 @@ def bench(
     timings, notes = compare(net, twin, chosen, sizes, seconds=seconds, name=model)
     for note in notes:
         print(note, file=sys.stderr)
+    if plot is not None:
+        times: dict[str, dict[int, float]] = {}
+        for t in timings:
+            times.setdefault(t.name, {})[t.batch] = t.median_ms
+        plot_timings(plot, f"{model} · {timings[0].hardware}", times)
     Output(json, quiet).result(
         {"timings": [t.to_dict() for t in timings], "left_out": notes},
         timing_table("Forward passes", timings),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import itertools
 import json
 import math
 import sys
@@ -15,7 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from erq.deployment.checkpoint import write_atomically
 from erq.evaluation import Evaluation
+from erq.options import check_folder
 from erq.reduce.allocation import SiteBits, average_bits
 from erq.timing import Timing
 
@@ -24,6 +29,8 @@ _WIDE = 200
 
 _NARROWEST = 124
 """Columns that tables get on any terminal: a row in two lines reads better than a number in two."""
+
+PLOT_ENDINGS = (".png", ".svg")
 
 _ERRORS = ("error_float", "error_aqer", "error_nearest", "error_final")
 
@@ -146,6 +153,52 @@ def timing_table(title: str, timings: Sequence[Timing]) -> Table:
     where += f", {threads} threads)" if threads is not None else ")"
     columns = ("network", "kernel", "batch", "median ms", "p95 ms", "images/s", "× first", "runs")
     return make_table(f"{title} · {where}", columns, cells, left=2)
+
+
+def check_plot(path: Path) -> None:
+    """Raise before anything is timed if no plot can be written there.
+
+    Raises:
+        ValueError: an ending other than .png and .svg, no such folder, or no matplotlib.
+    """
+    if path.suffix not in PLOT_ENDINGS:
+        endings = " or ".join(PLOT_ENDINGS)
+        raise ValueError(f"{path}: a plot is a file that ends in {endings}, got {path.suffix!r}")
+    check_folder(path)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "a plot needs matplotlib, which is not installed: pip install 'erq[bench]'"
+        )
+
+
+def plot_timings(path: Path, title: str, times: Mapping[str, Mapping[int, float]]) -> None:
+    """Latency and throughput by batch size, a line per engine, as `path` ends: .png or .svg.
+
+    Args:
+        times: median ms of a pass, by engine and batch size.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure.suptitle(title)
+    latency, rate = figure.subplots(1, 2)
+    for (name, by_batch), marker in zip(times.items(), itertools.cycle("osD^v<>*")):
+        sizes = sorted(by_batch)
+        latency.plot(sizes, [by_batch[s] for s in sizes], marker=marker, label=name)
+        rate.plot(sizes, [1000 * s / by_batch[s] for s in sizes], marker=marker, label=name)
+    batches = sorted({s for by_batch in times.values() for s in by_batch})
+    for axes, what in ((latency, "median latency, ms"), (rate, "images per second")):
+        axes.set(xscale="log", xticks=batches, xlabel="batch", ylabel=what)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.3)
+    latency.set_yscale("log")
+    rate.set_ylim(bottom=0)
+    figure.legend(*latency.get_legend_handles_labels(), loc="outside right upper")
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:], dpi=150)
+    write_atomically(path, image.getvalue())
 
 
 def checkpoint_tables(path: Path, header: Mapping[str, Any]) -> tuple[str, Table]:

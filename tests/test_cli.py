@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import signal
@@ -372,6 +373,59 @@ def test_bench_compares_a_file_with_torch(place: Workplace) -> None:
     against = ("--against", "torch-bf16,torch")
     both = succeed("bench", NAME, *SHAPE_ARGS, *args, *against, "--json").json()["timings"]
     assert [t["name"] for t in both[:3]] == ["torch-bf16", "torch", NAME]
+
+
+@pytest.mark.parametrize(
+    ("ending", "begins"), [(".png", b"\x89PNG\r\n"), (".svg", b"<?xml version")]
+)
+def test_bench_plots_what_it_measured(
+    ending: str, begins: bytes, place: Workplace, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / f"times{ending}"
+    succeed("bench", place.packed, "--batch", "1,3", "--seconds", "0.01", "--plot", plot)
+    assert plot.read_bytes().startswith(begins)
+    assert [p.name for p in tmp_path.iterdir()] == [plot.name]
+
+
+def test_bench_refuses_a_plot_before_it_measures(place: Workplace, tmp_path: Path) -> None:
+    plot = tmp_path / "times.svg"
+    with pytest.MonkeyPatch.context() as patch:
+        found = importlib.util.find_spec
+        patch.setattr(
+            importlib.util, "find_spec", lambda n, *a: None if n == "matplotlib" else found(n, *a)
+        )
+        done = run("bench", place.packed, "--plot", plot)
+    assert done.code == 1 and not done.out and not plot.exists()
+    assert done.err.strip().endswith("not installed: pip install 'erq[bench]'")
+    assert len(done.err.splitlines()) == 1
+    for path, message in (
+        (tmp_path / "times.pdf", "ends in .png or .svg, got '.pdf'"),
+        (tmp_path / "nowhere" / "times.png", "create it first"),
+    ):
+        done = run("bench", place.packed, "--plot", path)
+        assert done.code == 1 and message in done.err and not done.out
+
+
+def test_a_plot_shows_every_engine_and_batch(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from erq.report import plot_timings
+
+    kept: list[Figure] = []
+    save = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda f, *a, **k: (kept.append(f), save(f, *a, **k)))
+        plot_timings(
+            tmp_path / "p.svg", "t", {"erq": {8: 40.0, 1: 10.0}, "torch": {1: 20.0, 8: 160.0}}
+        )
+    latency, rate = kept[0].axes
+    lines = {x.get_label(): x.get_xydata().tolist() for x in latency.get_lines()}
+    assert lines == {"erq": [[1, 10], [8, 40]], "torch": [[1, 20], [8, 160]]}
+    lines = {x.get_label(): x.get_xydata().tolist() for x in rate.get_lines()}
+    assert lines == {"erq": [[1, 100], [8, 200]], "torch": [[1, 50], [8, 50]]}
+    assert [t.get_text() for t in latency.get_xticklabels()] == ["1", "8"]
 
 
 @pytest.fixture(scope="module")
