@@ -71,6 +71,11 @@ COMPILERS = {
     "nvcc": ("NVCC", ("nvcc", "/usr/local/cuda/bin/nvcc"), "-MD -MF $out.d"),
 }
 
+_AVX512 = (
+    "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512vbmi",
+    "-mbmi2", "-mfma", "-mprefer-vector-width=512",
+)  # fmt: skip
+
 CUDA_ARCHITECTURES = (80, 86, 89, 90)
 
 LIBRARIES = (
@@ -85,10 +90,8 @@ LIBRARIES = (
             "-Wextra", "-pthread",
         ),
         x86_flags={
-            "_avx512.cpp": (
-                "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni",
-                "-mavx512vbmi", "-mbmi2", "-mfma", "-mprefer-vector-width=512",
-            ),
+            "_amx.cpp": (*_AVX512, "-mamx-tile", "-mamx-int8"),
+            "_avx512.cpp": _AVX512,
             "_avx2.cpp": ("-mavx2", "-mfma", "-mf16c", "-mbmi2"),
         },
         required_by="ERQ_BUILD_CPU",

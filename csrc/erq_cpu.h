@@ -20,11 +20,11 @@ extern "C" {
 #endif
 
 /* Changes with every change of this interface. */
-#define ERQ_CPU_ABI 1
+#define ERQ_CPU_ABI 2
 ERQ_API int32_t erq_cpu_abi(void);
 
 /* Instruction sets that kernels are written for, from the plainest. */
-enum { ERQ_PLAIN = 0, ERQ_AVX2 = 1, ERQ_AVX512_VNNI = 2 };
+enum { ERQ_PLAIN = 0, ERQ_AVX2 = 1, ERQ_AVX512_VNNI = 2, ERQ_AMX = 3 };
 
 /* The best of them that this processor and operating system run and this build has. */
 ERQ_API int32_t erq_cpu_best_variant(void);
@@ -146,6 +146,27 @@ typedef struct {
 } ErqStream;
 ERQ_API void erq_cpu_pack(const ErqStream *args);
 ERQ_API void erq_cpu_unpack(const ErqStream *args);
+
+/* A pre-norm transformer block on codes: y = x + proj(attention(qkv(norm1(x)))), out = y +
+ * fc2(fc1(norm2(y))), each part an op above. Of the parts' arguments the rows (m, b), operands,
+ * residuals, results, strides and threads are not read: they follow from each other. qkv, attention
+ * and fc1 give codes, qkv in columns of [3, h, d]; proj and fc2 give the type of x, norm1.x_type. */
+typedef struct {
+  ErqLayerNorm norm1;
+  ErqQlinear qkv;
+  ErqAttention attention;
+  ErqQlinear proj;
+  ErqLayerNorm norm2;
+  ErqQlinear fc1, fc2;
+  const void *x; /* [images · attention.t, norm1.k] */
+  void *out;     /* as x */
+  int64_t images;
+  int64_t *nanoseconds; /* [7], or null: to which the time of each part is added, over all threads */
+  int64_t threads;
+} ErqBlock;
+/* 0, or 1 if an `order` names a channel that x does not have, or 2 if the widths of two parts do not
+ * fit. */
+ERQ_API int32_t erq_cpu_block(const ErqBlock *args);
 
 #ifdef __cplusplus
 }

@@ -1,8 +1,8 @@
 """Runs ops on the library built from csrc/cpu and registers them with `dispatch` as "cpu".
 
 The library is plain C (csrc/erq_cpu.h) and is loaded on the first call that could run there. Its
-instruction set is the processor's best; ERQ_CPU_VARIANT=plain, avx2 or avx512 forces one for the
-process, `use_variant` for a stretch of code. It works on as many threads as torch does.
+instruction set is the processor's best; ERQ_CPU_VARIANT=plain, avx2, avx512 or amx forces one for
+the process, `use_variant` for a stretch of code. It works on as many threads as torch does.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch.nn import functional as F
 
 from erq_kernels import dispatch, formats, reference
 
-VARIANTS = ("plain", "avx2", "avx512")
+VARIANTS = ("plain", "avx2", "avx512", "amx")
 """Instruction sets, in the order of csrc/erq_cpu.h."""
 
 # Of what is allocated here, also where another default device is set.
 _CPU = torch.device("cpu")
 
 PATH = Path(__file__).with_name("liberq_cpu.so")
-_ABI = 1
+_ABI = 2
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _CODES = 3
@@ -49,6 +49,7 @@ _QUANTIZE = struct.Struct("11q")
 _ATTENTION = struct.Struct("39q")
 _DEQUANT_LINEAR = struct.Struct("17q")
 _STREAM = struct.Struct("6q")
+_BLOCK_TAIL = struct.Struct("5q")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class _Library:
     dequant_linear: Callable[[bytes], None]
     pack: Callable[[bytes], None]
     unpack: Callable[[bytes], None]
+    block: Callable[[bytes], int]
     set_parallel: Callable[[int], None]
     compare: Callable[[int, int, int], int]
     best_variant: int
@@ -114,11 +116,11 @@ def _load() -> _Library | str:
     functions = {}
     for name in (
         "pack_weight", "qlinear", "layer_norm_quantize", "quantize", "attention", "dequant_linear",
-        "pack", "unpack",
+        "pack", "unpack", "block",
     ):  # fmt: skip
         function = functions[name] = getattr(library, f"erq_cpu_{name}")
         function.argtypes = [ctypes.c_char_p]
-        function.restype = ctypes.c_int32 if name == "layer_norm_quantize" else None
+        function.restype = ctypes.c_int32 if name in ("layer_norm_quantize", "block") else None
     return _Library(
         packed_bytes=library.erq_cpu_packed_bytes,
         set_parallel=library.erq_cpu_set_parallel,
@@ -289,10 +291,37 @@ def qlinear(
     """`reference.qlinear` with the weight packed once, as long as the tensor lives; 4-bit operands
     and results are refused (`_why_not`).
     """
-    library, instructions = _library(), _variant_index()
-    m, k = x.shape
-    n = weight.shape[0]
     x = _rows_in_place(x)
+    m, n = x.shape[0], weight.shape[0]
+    out = torch.empty((m, n), dtype=out_dtype if out_inv_scale is None else torch.int8, device=_CPU)
+    fields, held = _qlinear_fields(
+        weight, scale, scale2, split, bias, act, layer_scale, residual, out_dtype,
+        out_inv_scale, out_zero_point, out_bits, x, out,
+    )  # fmt: skip
+    _library().qlinear(fields)
+    del held
+    return out
+
+
+def _qlinear_fields(
+    weight: Tensor,
+    scale: Tensor,
+    scale2: Tensor | None,
+    split: int,
+    bias: Tensor,
+    act: str = "none",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    out_inv_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_bits: int = 0,
+    x: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[bytes, Any]:
+    """The struct of a call that writes `out`, and what must live as long as it is used."""
+    instructions = _variant_index()
+    n, k = weight.shape
     packed = _packed_weight(weight, split, instructions)
     quantizer, held = _quantizer(out_inv_scale, out_zero_point, out_bits)
     scale, bias = scale.contiguous(), bias.contiguous()
@@ -302,17 +331,14 @@ def qlinear(
     if residual is not None:
         residual = _rows_in_place(residual)
         residual_stride, residual_type = residual.stride(0), _TYPES[residual.dtype]
-    dtype = out_dtype if held is None else torch.int8
-    out = torch.empty((m, n), dtype=dtype, device=_CPU)
-    library.qlinear(
-        _QLINEAR.pack(
-            x.data_ptr(), x.stride(0), packed.data_ptr(), m, n, k, split, scale.data_ptr(),
-            _address(scale2), bias.data_ptr(), _ACTIVATIONS[act], _address(layer_scale),
-            _address(residual), residual_stride, residual_type, out.data_ptr(),
-            _CODES if held else _TYPES[dtype], *quantizer, torch.get_num_threads(), instructions,
-        )
+    m, x_stride = (0, 0) if x is None else (x.shape[0], x.stride(0))
+    fields = _QLINEAR.pack(
+        _address(x), x_stride, packed.data_ptr(), m, n, k, split, scale.data_ptr(),
+        _address(scale2), bias.data_ptr(), _ACTIVATIONS[act], _address(layer_scale),
+        _address(residual), residual_stride, residual_type, _address(out),
+        _CODES if held else _TYPES[out_dtype], *quantizer, torch.get_num_threads(), instructions,
     )  # fmt: skip
-    return out
+    return fields, (packed, held, scale, scale2, bias, layer_scale, residual)
 
 
 def qlinear_packed(
@@ -359,25 +385,40 @@ def layer_norm_quantize(
     Raises:
         IndexError: order names a channel that x does not have.
     """
-    library, instructions = _library(), _variant_index()
-    m, k = x.shape
     x = _rows_in_place(x)
+    columns = x.shape[1] if order is None else order.shape[0]
+    out = torch.empty((x.shape[0], columns), dtype=torch.int8, device=_CPU)
+    fields, held = _layer_norm_fields(x, weight, bias, eps, inv_scale, zero_point, bits, order, out)
+    wrong = _library().layer_norm_quantize(fields)
+    del held
+    if wrong:
+        raise IndexError(f"order must name channels 0..{x.shape[1] - 1}")
+    return out
+
+
+def _layer_norm_fields(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    inv_scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    order: Tensor | None,
+    out: Tensor | None = None,
+) -> tuple[bytes, Any]:
+    """As `_qlinear_fields`."""
+    m, k = x.shape
     weight, bias = weight.contiguous(), bias.contiguous()
     quantizer, held = _quantizer(inv_scale, zero_point, bits)
     order = None if order is None else order.contiguous()
     columns = k if order is None else order.shape[0]
-    out = torch.empty((m, columns), dtype=torch.int8, device=_CPU)
-    wrong = library.layer_norm_quantize(
-        _LAYER_NORM.pack(
-            x.data_ptr(), x.stride(0), _TYPES[x.dtype], m, k, weight.data_ptr(), bias.data_ptr(),
-            eps, *quantizer, _address(order), columns, out.data_ptr(), torch.get_num_threads(),
-            instructions,
-        )
+    fields = _LAYER_NORM.pack(
+        x.data_ptr(), x.stride(0), _TYPES[x.dtype], m, k, weight.data_ptr(), bias.data_ptr(),
+        eps, *quantizer, _address(order), columns, _address(out), torch.get_num_threads(),
+        _variant_index(),
     )  # fmt: skip
-    del held
-    if wrong:
-        raise IndexError(f"order must name channels 0..{k - 1}")
-    return out
+    return fields, (weight, bias, held, order)
 
 
 def quantize(
@@ -420,9 +461,40 @@ def qattention(
     out_packed: bool = False,
 ) -> Tensor:
     """`reference.qattention`; codes equal but where exp and log round differently."""
-    library, instructions = _library(), _variant_index()
     b, h, t, d = q.shape
     q, k, v = _rows_in_place(q), _rows_in_place(k), _rows_in_place(v)
+    dtype = torch.float32 if out_inv_scale is None else torch.int8
+    out = torch.empty((b, t, h, d), dtype=dtype, device=_CPU)
+    fields, held = _attention_fields(
+        q, k, v, q_zero_point, k_zero_point, v_zero_point, score_scale, p_inv_scale, value_scale,
+        qk_bits, av_bits, zero_last, bias, out_inv_scale, out_zero_point, out_bits, out,
+    )  # fmt: skip
+    _library().attention(fields)
+    del held
+    return out
+
+
+def _attention_fields(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_zero_point: Tensor,
+    k_zero_point: Tensor,
+    v_zero_point: Tensor,
+    score_scale: Tensor,
+    p_inv_scale: Tensor | None,
+    value_scale: Tensor,
+    qk_bits: int,
+    av_bits: int,
+    zero_last: bool = True,
+    bias: Tensor | None = None,
+    out_inv_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_bits: int = 0,
+    out: Tensor | None = None,
+) -> tuple[bytes, Any]:
+    """As `_qlinear_fields`."""
+    b, h, t, d = q.shape
     bias_strides: tuple[int, ...] = (0, 0, 0, 0)
     bias_batches = 1
     if bias is not None:
@@ -430,19 +502,92 @@ def qattention(
         bias = bias.float().expand(bias_batches, h, t, t)
         bias_strides = bias.stride()
     quantizer, held = _quantizer(out_inv_scale, out_zero_point, out_bits)
-    out = torch.empty(
-        (b, t, h, d), dtype=torch.float32 if held is None else torch.int8, device=_CPU
-    )
-    library.attention(
-        _ATTENTION.pack(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), *q.stride()[:3], *k.stride()[:3],
-            *v.stride()[:3], b, h, t, d, q_zero_point.data_ptr(), k_zero_point.data_ptr(),
-            v_zero_point.data_ptr(), score_scale.data_ptr(), _address(p_inv_scale),
-            value_scale.data_ptr(), qk_bits, av_bits, zero_last, _address(bias), *bias_strides,
-            bias_batches, out.data_ptr(), _CODES if held else 0, *quantizer,
-            torch.get_num_threads(), instructions,
-        )
+    fields = _ATTENTION.pack(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], b, h, t, d, q_zero_point.data_ptr(), k_zero_point.data_ptr(),
+        v_zero_point.data_ptr(), score_scale.data_ptr(), _address(p_inv_scale),
+        value_scale.data_ptr(), qk_bits, av_bits, zero_last, _address(bias), *bias_strides,
+        bias_batches, _address(out), _CODES if held else 0, *quantizer,
+        torch.get_num_threads(), _variant_index(),
     )  # fmt: skip
+    return fields, (bias, held)
+
+
+@dataclass(frozen=True)
+class BlockArguments:
+    """What the ops of a transformer block take after their first operands.
+
+    Args:
+        norm1, norm2: of `layer_norm_quantize`, in its order. attention: of `qattention`, in its
+            order. qkv, proj, fc1, fc2: of `qlinear`, by name, without residual and out_dtype.
+        heads, head_dim: of q, k and v.
+    """
+
+    norm1: tuple[Any, ...]
+    qkv: dict[str, Any]
+    attention: tuple[Any, ...]
+    proj: dict[str, Any]
+    norm2: tuple[Any, ...]
+    fc1: dict[str, Any]
+    fc2: dict[str, Any]
+    heads: int
+    head_dim: int
+
+
+BLOCK_PARTS = ("norm1", "qkv", "attention", "proj", "norm2", "fc1", "fc2")
+
+# Where `block` adds its parts' nanoseconds, over all threads: int64 [7].
+_block_times: Tensor | None = None
+
+
+@contextmanager
+def timed_blocks() -> Iterator[Tensor]:
+    """int64 [7], to which every `block` in the context adds the nanoseconds of BLOCK_PARTS, over
+    all threads."""
+    global _block_times
+    before, _block_times = _block_times, torch.zeros(len(BLOCK_PARTS), dtype=torch.int64)
+    try:
+        yield _block_times
+    finally:
+        _block_times = before
+
+
+def block(x: Tensor, a: BlockArguments) -> Tensor:
+    """A pre-norm transformer block in one call, to the results of its seven ops one by one.
+
+    Args:
+        x: float [B, T, C]; its width and dtype are of the block, and every op can run here.
+
+    Returns:
+        As x.
+
+    Raises:
+        IndexError: an order names a channel that x does not have. ValueError: widths that do not
+            fit each other.
+    """
+    x = x.contiguous()
+    images, tokens, width = x.shape
+    rows = x.view(-1, width)
+    # Operands between the parts are the library's own: these stand for them.
+    head = torch.empty(1, dtype=torch.int8, device=_CPU).expand(1, a.heads, tokens, a.head_dim)
+    parts = (
+        _layer_norm_fields(rows, *a.norm1),
+        _qlinear_fields(**a.qkv),
+        _attention_fields(head, head, head, *a.attention),
+        _qlinear_fields(**a.proj, out_dtype=x.dtype),
+        _layer_norm_fields(rows, *a.norm2),
+        _qlinear_fields(**a.fc1),
+        _qlinear_fields(**a.fc2, out_dtype=x.dtype),
+    )
+    out = torch.empty_like(x)
+    tail = _BLOCK_TAIL.pack(
+        x.data_ptr(), out.data_ptr(), images, _address(_block_times), torch.get_num_threads()
+    )
+    wrong = _library().block(b"".join([*(fields for fields, _ in parts), tail]))
+    if wrong == 1:
+        raise IndexError(f"order must name channels 0..{width - 1}")
+    if wrong:
+        raise ValueError(f"the widths of the block's parts do not fit x {list(x.shape)}")
     return out
 
 
@@ -604,6 +749,12 @@ def _qlinear_packed_reason(
     return _qlinear_reason(x, packed, scale, scale2, k, *rest, **kwargs)
 
 
+def _block_reason(x: Tensor, *_: Any, **__: Any) -> str | None:
+    if x.dim() != 3:
+        return f"x must be [B, T, C], got {list(x.shape)}"
+    return _x_reason(x)
+
+
 def _no_reason(*_: Any, **__: Any) -> str | None:
     return None
 
@@ -618,6 +769,7 @@ _REFUSALS: dict[str, Callable[..., str | None]] = {
     "pack": _no_reason,
     "unpack": _no_reason,
     "repack": _no_reason,
+    "block": _block_reason,
 }
 _RUN: dict[str, Callable[..., Tensor]] = {
     "qlinear": qlinear,
@@ -629,6 +781,7 @@ _RUN: dict[str, Callable[..., Tensor]] = {
     "pack": pack,
     "unpack": unpack,
     "repack": repack,
+    "block": block,
 }
 for _op, _run in _RUN.items():
     dispatch.register(_op, "cpu", _run, partial(_why_not, _op))

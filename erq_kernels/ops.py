@@ -39,12 +39,12 @@ class _Op:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else next(iter(kwargs.values()), None)
-        if type(first) is Tensor and _is_plain_eager():
+        if type(first) is Tensor and is_plain_eager():
             return self._run(*args, **kwargs)
         return self._op(*args, **kwargs)
 
 
-def _is_plain_eager() -> bool:
+def is_plain_eager() -> bool:
     """Whether an op called now is only to be run."""
     return not (
         torch.is_grad_enabled()

@@ -64,8 +64,8 @@ struct Space {
   Space(const ErqAttention &a, bool is_float) {
     keys = round_up(a.t, kPanel);
     dims = round_up(a.d, kPanel);
-    d_groups = ceil_div(a.d, kGroup);
-    t_groups = ceil_div(a.t, kGroup);
+    d_groups = groups_of(a.d);
+    t_groups = groups_of(a.t);
     weight_stride = round_up(a.t, kLine) + kLine;
     divide(nullptr, a, is_float);
     divide(thread_memory(used), a, is_float);
@@ -138,6 +138,7 @@ class HeadTask {
   }
 
   void run(int64_t row, int64_t last) {
+    [[maybe_unused]] const Tiles tiles;
     for (; row < last; row += kMr) {
       const int64_t rows = last - row < kMr ? last - row : kMr;
       score(row, rows);

@@ -15,6 +15,7 @@ struct Kernels {
   void (*dequant_linear)(const ErqDequantLinear &);
   void (*pack)(const ErqStream &);
   void (*unpack)(const ErqStream &);
+  int32_t (*block)(const ErqBlock &);
 };
 
 namespace plain {
@@ -26,10 +27,30 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace amx {
+extern const Kernels kernels;
+}
 
 // Memory of the calling thread, aligned to 64 bytes, valid until its next call; grows as needed and
 // is freed with the thread.
 void *thread_memory(int64_t bytes);
+
+// As thread_memory, another piece: what a block keeps between its kernels, which use the former.
+void *block_memory(int64_t bytes);
+
+// Adds the time of part after part to nanoseconds[0], [1], …; does nothing without them.
+class Clock {
+ public:
+  explicit Clock(int64_t *nanoseconds) : part_(nanoseconds) {
+    if (part_ != nullptr) last_ = now();
+  }
+  void lap();
+
+ private:
+  static int64_t now();
+  int64_t *part_;
+  int64_t last_ = 0;
+};
 
 // Coefficients [5][32] of q on 32 intervals: x · Φ(x) = max(x, 0) − |x| · q(|x|). Interval i is
 // |x| = (i ± 1/2) / kGeluSteps; its polynomial's variable is |x| − i / kGeluSteps, lowest power

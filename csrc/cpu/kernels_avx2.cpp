@@ -14,7 +14,9 @@
 #include "cpu/elementwise.inl"
 #include "cpu/qlinear.inl"
 
+#include "cpu/block.inl"
+
 const erq::Kernels erq::avx2::kernels = {
     packed_bytes, pack_weight,    qlinear, layer_norm_quantize, quantize,
-    attention,    dequant_linear, pack,    unpack,
+    attention,    dequant_linear, pack,    unpack,        block,
 };

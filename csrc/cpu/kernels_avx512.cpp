@@ -7,6 +7,7 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/simd_avx512.h"
+#include "cpu/dot_vnni.h"
 
 #include "cpu/shared.inl"
 
@@ -14,7 +15,9 @@
 #include "cpu/elementwise.inl"
 #include "cpu/qlinear.inl"
 
+#include "cpu/block.inl"
+
 const erq::Kernels erq::avx512::kernels = {
     packed_bytes, pack_weight,    qlinear, layer_norm_quantize, quantize,
-    attention,    dequant_linear, pack,    unpack,
+    attention,    dequant_linear, pack,    unpack,        block,
 };

@@ -7,17 +7,14 @@
 namespace erq {
 namespace ERQ_VARIANT {
 
-// Rows of x that one task multiplies: few enough for the caches, enough to read the weight seldom.
-constexpr int64_t kTaskRows = 48;
-
 struct Packed {
   int64_t k1, k2;  // columns that are multiplied
   int64_t groups1, groups2, columns;
   Packed(int64_t n, int64_t first, int64_t second)
       : k1(first),
         k2(second),
-        groups1(ceil_div(first, kGroup)),
-        groups2(ceil_div(second, kGroup)),
+        groups1(groups_of(first)),
+        groups2(groups_of(second)),
         columns(round_up(n, kPanel)) {}
   explicit Packed(const ErqQlinear &a)
       : Packed(a.n, static_cast<const int64_t *>(a.packed)[0],
@@ -150,7 +147,7 @@ void multiply_block(const ErqQlinear &a, const Packed &layout, int64_t row, int6
   PanelParams *params = nullptr;
   const auto divide = [&](void *memory) {
     Pieces pieces(memory);
-    x = pieces.take<A>(rows * lda + kLine);
+    x = pieces.take<A>(round_up(rows, kRowUnit) * lda + kLine);
     acc = pieces.take<int32_t>(kMr * kPanel);
     acc2 = pieces.take<int32_t>(kMr * kPanel);
     edge_out = pieces.take<char>(kMr * kPanel * 4);
@@ -169,6 +166,7 @@ void multiply_block(const ErqQlinear &a, const Packed &layout, int64_t row, int6
   const int32_t *sums1 = layout.sums(static_cast<const int32_t *>(a.packed), 0);
   const int32_t *sums2 = layout.sums(static_cast<const int32_t *>(a.packed), 1);
   constexpr int64_t kGroupBytes = kPanel * kGroup;
+  [[maybe_unused]] const Tiles tiles;
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
     const int64_t n = panel * kPanel, count = a.n - n < kPanel ? a.n - n : kPanel;
     params->fill(a, n, count);
@@ -208,6 +206,7 @@ void qlinear(const ErqQlinear &a) {
   if (a.m == 0 || a.n == 0) return;
   const Packed layout(a);
   const int64_t panels = layout.columns / kPanel, wanted = a.threads > 1 ? 4 * a.threads : 1;
+  // kTaskRows: few enough rows for the caches, enough to read the weight seldom.
   const int64_t row_tasks = ceil_div(a.m, kTaskRows);
   const int64_t rows = round_up(ceil_div(a.m, row_tasks), kMr);
   int64_t column_tasks = ceil_div(wanted, row_tasks);

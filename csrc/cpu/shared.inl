@@ -41,23 +41,27 @@ Dot dot_of(int vectors) {
   }
 }
 
-inline Dot choose_dot(int64_t rows, int64_t columns) {
-  const int vectors = static_cast<int>(columns >= kPanel ? kNr : ceil_div(columns, kW));
-  switch (rows) {
-    case 1: return dot_of<1>(vectors);
-    case 2: return dot_of<2>(vectors);
-    case 3: return dot_of<3>(vectors);
-    case 4: return dot_of<4>(vectors);
-    case 5: return dot_of<5>(vectors);
-    default: return dot_of<kMr>(vectors);
-  }
+// Of MR or fewer units of rows.
+template <int MR = kMr / kRowUnit>
+Dot choose_rows(int64_t units, int vectors) {
+  if constexpr (MR > 1)
+    if (units < MR) return choose_rows<MR - 1>(units, vectors);
+  return dot_of<MR>(vectors);
 }
 
+inline Dot choose_dot(int64_t rows, int64_t columns) {
+  return choose_rows(ceil_div(rows, kRowUnit),
+                     static_cast<int>(columns >= kPanel ? kNr : ceil_div(columns, kW)));
+}
+
+// Groups of a length in whole steps of `dot`.
+inline int64_t groups_of(int64_t k) { return round_up(k, kStep) / kGroup; }
+
 // The second operand of `dot`: columns of a panel are the rows of `from`, [count, k]; missing rows
-// and the last group are filled up with zeros. Adds each column's sum to `sums`.
+// and the last step are filled up with zeros. Adds each column's sum to `sums`.
 inline void pack_panel(const int8_t *from, int64_t stride, int64_t count, int64_t k, int8_t *to,
                        int32_t *sums) {
-  const int64_t groups = ceil_div(k, kGroup), whole = k / kGroup;
+  const int64_t groups = groups_of(k), whole = k / kGroup;
   for (int64_t c = 0; c < kPanel; ++c) {
     int8_t *column = to + c * kGroup;
     if (c >= count) {
@@ -67,10 +71,10 @@ inline void pack_panel(const int8_t *from, int64_t stride, int64_t count, int64_
     const int8_t *row = from + c * stride;
     for (int64_t g = 0; g < whole; ++g)
       memcpy(column + g * kPanel * kGroup, row + g * kGroup, kGroup);
-    if (whole < groups) {
+    for (int64_t g = whole; g < groups; ++g) {
       int8_t last[kGroup] = {};
-      memcpy(last, row + whole * kGroup, static_cast<size_t>(k - whole * kGroup));
-      memcpy(column + whole * kPanel * kGroup, last, kGroup);
+      if (g == whole) memcpy(last, row + g * kGroup, static_cast<size_t>(k - g * kGroup));
+      memcpy(column + g * kPanel * kGroup, last, kGroup);
     }
     int32_t s = 0;
     for (int64_t i = 0; i < k; ++i) s += row[i];
@@ -78,10 +82,10 @@ inline void pack_panel(const int8_t *from, int64_t stride, int64_t count, int64_
   }
 }
 
-// A row of codes as the first operand of `dot`, filled up to whole groups.
+// A row of codes as the first operand of `dot`, filled up to whole steps.
 inline void widen_row(const int8_t *from, A *to, int64_t k) {
   widen(from, to, k);
-  for (int64_t i = k; i % kGroup; ++i) to[i] = 0;
+  for (int64_t i = k; i % kStep; ++i) to[i] = 0;
 }
 
 struct CodeRange {

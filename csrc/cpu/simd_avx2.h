@@ -14,6 +14,7 @@ using A = int16_t;
 
 // Bytes would have to be multiplied by vpmaddubsw, which saturates; 16-bit pairs are exact.
 constexpr int kW = 8, kMr = 6, kNr = 2, kGroup = 2, kShift = 0;
+constexpr int kRowUnit = 1, kStep = kGroup, kTaskRows = 48;
 
 inline F load(const float *p) { return _mm256_loadu_ps(p); }
 inline void store(float *p, F x) { _mm256_storeu_ps(p, x); }
@@ -106,6 +107,8 @@ inline void widen(const From *from, A *to, int64_t n) {
 inline void look_up(const uint8_t *from, A *to, int64_t n, const uint8_t *table, int) {
   for (int64_t i = 0; i < n; ++i) to[i] = table[from[i]];
 }
+
+struct Tiles {};
 
 constexpr bool kHasGather = false;
 inline void gather_bytes(const int8_t *, int64_t, const uint8_t *, const uint8_t *, int8_t *,

@@ -1,4 +1,4 @@
-// Vectors and the integer dot product with AVX-512 and VNNI. Names as in simd_plain.h.
+// Vectors with AVX-512. Names as in simd_plain.h; `dot` is in dot_vnni.h and dot_amx.h.
 #pragma once
 
 #include <immintrin.h>
@@ -12,7 +12,7 @@ using F = __m512;
 using I = __m512i;
 using A = uint8_t;
 
-constexpr int kW = 16, kMr = 6, kNr = 4, kGroup = 4, kShift = 128;
+constexpr int kW = 16, kNr = 4, kGroup = 4, kShift = 128;
 
 inline F load(const float *p) { return _mm512_loadu_ps(p); }
 inline void store(float *p, F x) { _mm512_storeu_ps(p, x); }
@@ -136,38 +136,6 @@ inline uint64_t spread(uint64_t word, int bits) {
 }
 inline uint64_t gather_bits(uint64_t bytes, int bits) {
   return _pext_u64(bytes, ((uint64_t{1} << bits) - 1) * 0x0101010101010101ull);
-}
-
-// out[r][c] = init[c] + Σ a[r][·] b[·][c] over `groups` groups of kGroup.
-template <int MR, int NR>
-void dot(int64_t groups, const A *a, int64_t lda, const int8_t *b, int64_t ldb,
-         const int32_t *init, int32_t *out, int64_t ldo) {
-  __m512i acc[MR][NR];
-#pragma GCC unroll 8
-  for (int c = 0; c < NR; ++c) {
-    const __m512i first = _mm512_loadu_si512(init + 16 * c);
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) acc[r][c] = first;
-  }
-  for (int64_t g = 0; g < groups; ++g) {
-    __m512i w[NR];
-#pragma GCC unroll 8
-    for (int c = 0; c < NR; ++c) w[c] = _mm512_loadu_si512(b + 64 * c);
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) {
-      int32_t word;
-      __builtin_memcpy(&word, a + r * lda, 4);
-      const __m512i x = _mm512_set1_epi32(word);
-#pragma GCC unroll 8
-      for (int c = 0; c < NR; ++c) acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], x, w[c]);
-    }
-    a += 4;
-    b += ldb;
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < NR; ++c) _mm512_storeu_si512(out + r * ldo + 16 * c, acc[r][c]);
 }
 
 }  // namespace ERQ_VARIANT

@@ -2,7 +2,8 @@
 //
 // F and I hold kW floats and int32; A is what the first operand of `dot` is widened to: the stored
 // code + kShift. `dot` multiplies kGroup neighbours at once, for up to kMr rows and kNr vectors of
-// columns.
+// columns; its rows are a multiple of kRowUnit, its length one of kStep, by way of padding. It works
+// while a `Tiles` of the thread lives.
 #pragma once
 
 #include <cmath>
@@ -13,6 +14,7 @@ namespace erq {
 namespace ERQ_VARIANT {
 
 constexpr int kW = 8, kMr = 4, kNr = 2, kGroup = 1, kShift = 0;
+constexpr int kRowUnit = 1, kStep = kGroup, kTaskRows = 48;
 using A = int16_t;
 
 struct F {
@@ -161,6 +163,8 @@ inline void widen(const From *from, A *to, int64_t n) {
 inline void look_up(const uint8_t *from, A *to, int64_t n, const uint8_t *table, int) {
   for (int64_t i = 0; i < n; ++i) to[i] = table[from[i]];
 }
+
+struct Tiles {};
 
 constexpr bool kHasGather = false;
 inline void gather_bytes(const int8_t *, int64_t, const uint8_t *, const uint8_t *, int8_t *,

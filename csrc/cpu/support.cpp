@@ -1,4 +1,5 @@
 // The parts that no variant has of its own: tables, memory, the way from C to a variant.
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 
@@ -13,7 +14,18 @@ struct Memory {
   ~Memory() { free(data); }
 };
 
-thread_local Memory memory;
+thread_local Memory kernel_memory, block_buffers;
+
+void *at_least(Memory &memory, int64_t bytes) {
+  if (memory.size < bytes) {
+    free(memory.data);
+    const int64_t size = (bytes + 4095) / 4096 * 4096;
+    memory.data = aligned_alloc(64, static_cast<size_t>(size));
+    if (memory.data == nullptr) abort();
+    memory.size = size;
+  }
+  return memory.data;
+}
 
 double tail(int64_t act, double a) {
   if (act == ERQ_ACT_GELU) return 0.5 * erfc(a * 0.70710678118654752440);
@@ -48,6 +60,7 @@ struct GeluTable {
 
 const Kernels &kernels(int64_t variant) {
 #if defined(__x86_64__)
+  if (variant == ERQ_AMX) return amx::kernels;
   if (variant == ERQ_AVX512_VNNI) return avx512::kernels;
   if (variant == ERQ_AVX2) return avx2::kernels;
 #endif
@@ -57,15 +70,18 @@ const Kernels &kernels(int64_t variant) {
 
 }  // namespace
 
-void *thread_memory(int64_t bytes) {
-  if (memory.size < bytes) {
-    free(memory.data);
-    const int64_t size = (bytes + 4095) / 4096 * 4096;
-    memory.data = aligned_alloc(64, static_cast<size_t>(size));
-    if (memory.data == nullptr) abort();
-    memory.size = size;
-  }
-  return memory.data;
+void *thread_memory(int64_t bytes) { return at_least(kernel_memory, bytes); }
+void *block_memory(int64_t bytes) { return at_least(block_buffers, bytes); }
+
+int64_t Clock::now() {
+  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+}
+
+void Clock::lap() {
+  if (part_ == nullptr) return;
+  const int64_t time = now();
+  __atomic_fetch_add(part_++, time - last_, __ATOMIC_RELAXED);
+  last_ = time;
 }
 
 const float *gelu_table(int64_t act) {
@@ -92,4 +108,5 @@ void erq_cpu_dequant_linear(const ErqDequantLinear *a) {
 }
 void erq_cpu_pack(const ErqStream *a) { erq::kernels(a->variant).pack(*a); }
 void erq_cpu_unpack(const ErqStream *a) { erq::kernels(a->variant).unpack(*a); }
+int32_t erq_cpu_block(const ErqBlock *a) { return erq::kernels(a->norm1.variant).block(*a); }
 }

@@ -3,6 +3,11 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 // XCR0: which registers the operating system saves.
@@ -10,6 +15,17 @@ uint64_t saved_state() {
   uint32_t low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (uint64_t{high} << 32) | low;
+}
+
+// Linux lets a process use tile registers when it asks for them; no other system is asked.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (saved_state() & 0x60000) == 0x60000 &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 int32_t detect() {
@@ -22,14 +38,28 @@ int32_t detect() {
   const unsigned wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   const unsigned wanted_c = bit_AVX512VNNI | bit_AVX512VBMI;
   const bool wide = (b & wanted) == wanted && (c & wanted_c) == wanted_c;
-  return wide && (saved_state() & 0xe6) == 0xe6 ? ERQ_AVX512_VNNI : ERQ_AVX2;
+  if (!wide || (saved_state() & 0xe6) != 0xe6) return ERQ_AVX2;
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  const bool tiles = (d & (kTile | kInt8)) == (kTile | kInt8);
+  return tiles && may_use_tiles() ? ERQ_AMX : ERQ_AVX512_VNNI;
 }
 
 }  // namespace
 
 #else
 
-static int32_t detect() { return ERQ_PLAIN; }
+static // Linux lets a process use tile registers when it asks for them; no other system is asked.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (saved_state() & 0x60000) == 0x60000 &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+int32_t detect() { return ERQ_PLAIN; }
 
 #endif
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from erq.deployment.modules import QuantAttention, QuantLinear, move
 from erq.models.attention import Attention, ScaledScores
 from erq_kernels import dispatch, ops
+from erq_kernels._cpu import BlockArguments
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ _ATTENTION = ("qattention",)
 _UNEQUAL_ATTENTION = ("quantize", "quantize", "quantize", "qattention")
 _FLOAT_ATTENTION = ("sdpa", "quantize")
 _MLP = ("layer_norm_quantize", "qlinear", "qlinear")
+_FEWEST = ("layer_norm_quantize", "qlinear", *_ATTENTION, "qlinear")
 
 
 def _is_integer(layer: Any) -> bool:
@@ -188,6 +190,8 @@ class QuantBlock(nn.Module):
         """[B, …, C] → [B, …, C]. Masks are refused: no calibrated model takes one."""
         if attn_mask is not None or is_causal:
             raise ValueError("a quantized attention takes no mask; call the model without one")
+        if ops.is_plain_eager() and self.runs_at_once(x):
+            return dispatch.call("block", "cpu", x, self._arguments())  # type: ignore[no-any-return]
         if self.attention_half.kernels:
             x = self._attend(x)
         else:
@@ -195,6 +199,46 @@ class QuantBlock(nn.Module):
         if self.mlp_half.kernels:
             return self._feed_forward(x)
         return x + self.ls2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+
+    def runs_at_once(self, x: Tensor) -> bool:
+        """Whether one call of the CPU library can run all kernels of the block for an input like
+        x; it does unless something records, traces, transforms or profiles.
+        """
+        if self.attention_half.kernels != _FEWEST or self.mlp_half.kernels != _MLP:
+            return False
+        attn, mlp = self.attn, self.mlp
+        layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+        backends = {attn.qk.backend, *(layer.backend for layer in layers)}
+        if len(backends) > 1 or any(layer.layout != "int8" for layer in layers):
+            return False
+        if not x.is_cpu or dispatch.why_not("block", "cpu", x) is not None:
+            return False
+        backend = dispatch.chosen(*backends)
+        if backend == "auto":
+            quantizer = (attn.qkv.x_inv_scale, attn.qkv.x_zero_point, attn.qkv.a_bits)
+            backend = dispatch.select("quantize", "auto", x, *quantizer)
+        return backend == "cpu"
+
+    def _arguments(self) -> BlockArguments:
+        """What the whole block's call takes."""
+        attn, mlp = self.attn, self.mlp
+        qkv, proj, fc1, fc2 = attn.qkv, attn.proj, mlp.fc1, mlp.fc2
+        return BlockArguments(
+            norm1=_norm_arguments(self.norm1, qkv),
+            qkv={
+                **_operands(qkv),
+                "out_inv_scale": self.qkv_inv_scale,
+                "out_zero_point": self.qkv_zero_point,
+                "out_bits": attn.qk.bits,
+            },
+            attention=(*attn.factors(), None, *proj.input_quantizer().values()),
+            proj=_operands(proj) | {"layer_scale": getattr(self.ls1, "gamma", None)},
+            norm2=_norm_arguments(self.norm2, fc1),
+            fc1=_operands(fc1) | {"act": self.act} | fc2.input_quantizer(),
+            fc2=_operands(fc2) | {"layer_scale": getattr(self.ls2, "gamma", None)},
+            heads=attn.num_heads,
+            head_dim=attn.head_dim,
+        )
 
     def _attend(self, x: Tensor) -> Tensor:
         attn: Any = self.attn
@@ -205,7 +249,7 @@ class QuantBlock(nn.Module):
         qkv_packs = windows is None and qkv.packs_codes()
         proj_packs = windows is None and proj.packs_codes() and proj.operands.order is None
         codes = ops.layer_norm_quantize(
-            *_norm_arguments(rows, self.norm1, qkv), qkv_packs, backend=qkv.backend
+            rows, *_norm_arguments(self.norm1, qkv), qkv_packs, backend=qkv.backend
         )
         codes, bias = codes.reshape(*x.shape[:-1], codes.shape[-1]), None
         if windows is not None:
@@ -243,7 +287,7 @@ class QuantBlock(nn.Module):
         # Only the 4-bit kernel writes codes packed.
         fc2_packs = fc1_packs and fc2.packs_codes() and fc2.operands.order is None
         codes = ops.layer_norm_quantize(
-            *_norm_arguments(rows, self.norm2, fc1), fc1_packs, backend=fc1.backend
+            rows, *_norm_arguments(self.norm2, fc1), fc1_packs, backend=fc1.backend
         )
         codes = fc1.multiply(codes, act=self.act, **fc2.input_quantizer(fc2_packs))
         return self._project(fc2, codes, self.ls2, rows).reshape(x.shape)
@@ -277,7 +321,7 @@ class QuantBlock(nn.Module):
                 if op == "layer_norm_quantize":
                     layer: Any = layers[i]
                     row = torch.empty(1, layer.in_features, device=layer.packed.device)
-                    args = _norm_arguments(row, getattr(self, f"norm{i}"), layer)
+                    args = (row, *_norm_arguments(getattr(self, f"norm{i}"), layer))
                     run.append((op, dispatch.select(op, layer.backend, *args)))
                 elif op == "qattention":
                     run.append((op, attn.kernel()))
@@ -303,12 +347,20 @@ def _refresh(block: nn.Module, _: Any) -> None:
     block.refresh()
 
 
-def _norm_arguments(rows: Tensor, norm: Any, layer: QuantLinear) -> tuple[Any, ...]:
-    """What `ops.layer_norm_quantize` takes to give the codes that `layer` reads."""
+def _norm_arguments(norm: Any, layer: QuantLinear) -> tuple[Any, ...]:
+    """What `ops.layer_norm_quantize` takes after the rows to give the codes that `layer` reads."""
     return (
-        rows, norm.weight, norm.bias, norm.eps, layer.x_inv_scale, layer.x_zero_point,
+        norm.weight, norm.bias, norm.eps, layer.x_inv_scale, layer.x_zero_point,
         layer.a_bits, layer.operands.order,
     )  # fmt: skip
+
+
+def _operands(layer: QuantLinear) -> dict[str, Any]:
+    """What `ops.qlinear` reads of a layer, by name."""
+    o = layer.operands
+    return {
+        "weight": o.weight, "scale": o.scale, "scale2": o.scale2, "split": o.split, "bias": o.bias,
+    }  # fmt: skip
 
 
 def _attention(attn: Attention, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -694,7 +694,7 @@ class QuantAttention(Attention):
     def multiply(self, q: Tensor, k: Tensor, v: Tensor, **epilogue: Any) -> Tensor:
         """`ops.qattention` of codes [B, H, T, D]: [B, T, H, D]."""
         return ops.qattention(  # type: ignore[no-any-return]
-            q, k, v, *self._factors(), backend=self.qk.backend, **epilogue
+            q, k, v, *self.factors(), backend=self.qk.backend, **epilogue
         )
 
     def kernel(self) -> str:
@@ -710,7 +710,7 @@ class QuantAttention(Attention):
         codes = x.to(torch.int8)
         # Whether a kernel takes a bias, one of the smallest size tells.
         bias = None if self.windows is None else self.windows.bias[:1, :, :1, :1]
-        args = (codes, codes, codes, *self._factors(), bias)
+        args = (codes, codes, codes, *self.factors(), bias)
         return dispatch.select("qattention", backend, *args)
 
     def quantizers(self) -> tuple[tuple[Tensor, Tensor, int], ...]:
@@ -722,7 +722,7 @@ class QuantAttention(Attention):
             (av.v_inv_scale, av.v_zero_point, av.bits),
         )
 
-    def _factors(self) -> tuple[Any, ...]:
+    def factors(self) -> tuple[Any, ...]:
         """What `ops.qattention` takes after the codes."""
         qk, av = self.qk, self.av
         return (

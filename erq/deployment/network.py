@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from erq.config import FLOAT_BITS, QuantConfig, as_config
@@ -101,7 +102,9 @@ def _describe_blocks(net: nn.Module) -> list[str]:
         if not isinstance(block, QuantBlock):
             continue
         kernels = block.kernels()
-        text = f"{len(kernels)} kernels: " + " → ".join(f"{op} ({by})" for op, by in kernels)
+        at_once = block.runs_at_once(torch.empty(1, 1, 1, device=next(block.buffers()).device))
+        count = f"{len(kernels)} kernels{' in one call' if at_once else ''}"
+        text = f"{count}: " + " → ".join(f"{op} ({by})" for op, by in kernels)
         for part, half in (("attention", block.attention_half), ("MLP", block.mlp_half)):
             if not half.kernels:
                 text += f"; {part} module by module, since {half.reason}"

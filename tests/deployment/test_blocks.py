@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import erq
 from erq.deployment.blocks import QuantBlock, activation_name
-from erq_kernels import dispatch
+from erq.deployment.network import set_backend
+from erq_kernels import _cpu, dispatch
 
 Build = Callable[..., VisionTransformer]
 
@@ -64,6 +65,14 @@ def test_a_block_is_seven_kernels(
     assert torch.equal(y, sim(x))
     line = erq.summary(net).splitlines()[-1]
     assert line.startswith("blocks.0 … blocks.1: 7 kernels: layer_norm_quantize (reference) → ")
+
+
+@pytest.mark.skipif(not _cpu.supported_variants(), reason="the CPU library is not built")
+def test_summary_of_a_block_in_one_call(tiny_vit: Build) -> None:
+    _, net = deployed(tiny_vit(embed_dim=32))
+    set_backend(net, "cpu")
+    line = erq.summary(net).splitlines()[-1]
+    assert line.startswith("blocks.0 … blocks.1: 7 kernels in one call: layer_norm_quantize (cpu) ")
 
 
 @torch.no_grad()
