@@ -99,7 +99,7 @@ def traffic(model: nn.Module, images: int, size: int, config: QuantConfig) -> li
         if site.kind in ("linear", "conv"):
             module: Any = sim.get_submodule(site.name)
             rest = size - 1
-            gram = Gram(module.weight.shape[1], torch.device("meta"))
+            gram = Gram(module.weight.shape[1], torch.device("meta"), module.weight)
             for matrix, wire in zip((gram.g, gram.c, gram.p), WIRE, strict=True):
                 n = matrix.numel()
                 sums += ranks.rounds(len(chunks)) * rest * n * wire.itemsize
@@ -107,7 +107,8 @@ def traffic(model: nn.Module, images: int, size: int, config: QuantConfig) -> li
             decision = rest * (module.weight.numel() + 4 * len(module.weight) * 3)
         if config.rotate_heads and rotated_attention(sim, site.name) is not None:
             owner = site.name.rpartition(".")[0]  # k of (q, k), v of (softmax, v)
-            rows += sum(_rows(inputs[f"{owner}.{m}"][1:], chunks, ranks) for m in ("qk", "av"))
+            k_and_v = [inputs[f"{owner}.{m}"][1] for m in ("qk", "av")]
+            rows += _rows(k_and_v, chunks, ranks)
         found.append(Traffic(site.name, rows, sums, whole, decision))
     return found
 

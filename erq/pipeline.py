@@ -18,6 +18,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -66,15 +67,28 @@ class _Calibration:
     widths: Sequence[int] = ()
     reports: list[SiteReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    inner_seconds: float = 0.0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the wall time of the context to the stage `name`."""
-        start = perf_counter()
+        """Add the wall time of the context, less that of stages within it, to the stage `name`."""
+        start, outer = perf_counter(), self.inner_seconds
+        self.inner_seconds = 0.0
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+            took = perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + took - self.inner_seconds
+            self.inner_seconds = outer + took
+
+    def runner(self, model: nn.Module, index: int) -> Run:
+        """A block of `model` as a function."""
+
+        def run(x: Tensor) -> Tensor:
+            with self.stage("forward"):
+                return self.adapter.run_block(model, index, x)
+
+        return run
 
     def module(self, site: Site) -> nn.Module:
         return self.sim.get_submodule(site.name)
@@ -111,7 +125,8 @@ class _Calibration:
         with self.stage("ranges"):
             own = self.config.for_site(site.name)
             decide = partial(self.decide, f"{site.name}: ranges")
-            fold = calibrate_site(site, self.sim, run, stream, linears, own, decide)
+            keep = self.config.upstream == "quantized" and site.kind in ("linear", "conv")
+            fold = calibrate_site(site, self.sim, run, stream, linears, own, decide, keep)
         if fold is not None and site.norm is not None:
             self.folds[site.norm] = fold
 
@@ -123,9 +138,8 @@ class _Calibration:
         name = site.name.rpartition(".")[0]
 
         def collect() -> tuple[Tensor, ...]:
-            second = slice(1, 2)  # k of (q, k), v of (softmax, v)
-            k = gather(stream, run, attention.qk, second)
-            return k + gather(stream, run, attention.av, second)
+            # k and v of q, k, softmax, v.
+            return gather(stream, run, attention.qk, attention.av, wanted=slice(1, None, 2))
 
         with self.stage("ranges"):
             statistics = self.decide(f"{name}: heads", collect, lambda kv: HeadStatistics.of(*kv))
@@ -133,15 +147,21 @@ class _Calibration:
         if basis is not None:
             self.folds[f"{name}.proj"] = basis
 
-    def solve(self, site: Site, run: Run, stream: Stream, run_full: Run, full: Stream) -> None:
-        """Gather a site's Gram matrices over the streams and solve it."""
+    def solve(
+        self, site: Site, run: Run, stream: Stream, run_full: Run, full: Stream, last: bool
+    ) -> None:
+        """Gather a site's Gram matrices over the streams and solve it.
+
+        Args:
+            last: no other site of the block is still to be solved, and another block follows.
+        """
         module = self.module(site)
         assert isinstance(module, SimLinear | SimConv2d)
         own_config = self.config.for_site(site.name)
 
         def collect() -> tuple[Gram, bool]:
             with self.stage("gram"):
-                return self.gram(site, run, stream, run_full, full)
+                return self.gram(site, run, stream, run_full, full, last)
 
         def settle(found: tuple[Gram, bool]) -> Solution:
             with self.stage("solve"):
@@ -154,32 +174,30 @@ class _Calibration:
         self.reports.append(solution.report)
 
     def gram(
-        self, site: Site, run: Run, stream: Stream, run_full: Run, full: Stream
+        self, site: Site, run: Run, stream: Stream, run_full: Run, full: Stream, last: bool
     ) -> tuple[Gram, bool]:
         """Gram matrices of a site over all images, and whether it sees one row per image."""
         module = self.module(site)
         assert isinstance(module, SimLinear | SimConv2d)
         fold = self.folds.get(site.norm or site.name)
         conv = module if isinstance(module, SimConv2d) else None
-        columns, device = module.weight.shape[1], module.weight.device
+        columns, device, weight = module.weight.shape[1], module.weight.device, module.weight
         batch_rows = False
         reference_site = self.full.get_submodule(site.name)
         same = self.config.upstream == "float"
-        own = full.inputs(run_full, reference_site) if same else stream.inputs(run, module)
-        other = None if same or conv is not None else full.inputs(run_full, reference_site)
+        reference = full.inputs(run_full, reference_site, last=last)
+        own = reference if same else stream.inputs(run, module)
+        other = repeat((None,)) if same or conv is not None else reference
         parts = len((full if same else stream).chunks)
         gram: Gram | SharedGram = (
-            Gram(columns, device)
+            Gram(columns, device, weight)
             if self.ranks.alone
-            else SharedGram(columns, device, self.ranks, parts)
+            else SharedGram(columns, device, self.ranks, parts, weight)
         )
-        for (x,) in own:
+        for (upstream,), (x,) in zip(other, own):  # noqa: B905 (one may be endless)
             if conv is not None:
                 x = patches(x, conv.kernel_size)
             batch_rows = x.dim() == 2
-            upstream = None
-            if other is not None:
-                (upstream,) = next(other)
             if fold is not None and same:
                 x = fold.apply(x)
             elif fold is not None and upstream is not None:
@@ -219,7 +237,7 @@ def quantize(
     Returns:
         The simulated model, called like `model`; `erq_report` holds the error of every site before
         and after each step, `erq_stages` the seconds spent on ranges, Gram matrices, solving and
-        moving the streams, `erq_bits` why each layer has its width (empty without target_bits).
+        forward passes, `erq_bits` why each layer has its width (empty without target_bits).
 
     Raises:
         ValueError: bad images or settings, or a file to resume from that is of another run.
@@ -328,26 +346,25 @@ def _run(
         stream = stream.head(RANGE_IMAGES)
     with Progress(sum(len(b.sites) for b in blocks), enabled=progress) as bar:
         for index, block in enumerate(blocks):
-            run: Run = partial(adapter.run_block, sim, index)
-            run_full: Run = partial(adapter.run_block, full, index)
+            run, run_full = state.runner(sim, index), state.runner(full, index)
+            last = index == len(blocks) - 1
+            solved = [s for s in block.sites if s.kind in ("linear", "conv")]
             for site in block.sites:
                 bar.update(site.name)
                 state.calibrate(site, block, run, stream)
                 if config.rotate_heads and config.method == "erq":
                     state.rotate_heads(site, run, stream)
-                if sequential and site.kind in ("linear", "conv"):
-                    state.solve(site, run, stream, run_full, full_stream)
-            last = index == len(blocks) - 1
+                if sequential and site in solved:
+                    final = site is solved[-1] and not last
+                    state.solve(site, run, stream, run_full, full_stream, final)
             if not last:
-                with state.stage("advance"):
-                    stream.advance(run)
+                stream.advance(run)
             if not sequential:
-                for site in block.sites:
-                    if site.kind in ("linear", "conv"):
-                        state.solve(site, run, stream, run_full, full_stream)
+                for site in solved:
+                    final = site is solved[-1] and not last
+                    state.solve(site, run, stream, run_full, full_stream, final)
             if not last:
-                with state.stage("advance"):
-                    full_stream.advance(run_full)
+                full_stream.advance(run_full)
             record.save()
     return state
 

@@ -402,7 +402,7 @@ def test_report_is_in_forward_order(tiny_vit: Build) -> None:
     sim = quantize(tiny_vit(), images(), "w4a4")
     linear = [s.name for s in sim.erq_info.sites if s.kind in ("conv", "linear")]
     assert [r.name for r in sim.erq_report] == linear
-    assert set(sim.erq_stages) == {"ranges", "gram", "solve", "advance"}
+    assert set(sim.erq_stages) == {"ranges", "gram", "solve", "forward"}
 
 
 def test_progress_is_silent_without_a_terminal(

@@ -35,20 +35,20 @@ def _fit_now(collect: Collect, fit: Fit) -> Ranges:
 
 
 def gather(
-    stream: Stream, run: Run, module: nn.Module, wanted: slice = slice(None)
+    stream: Stream, run: Run, *sites: nn.Module, wanted: slice = slice(None), keep: bool = False
 ) -> tuple[Tensor, ...]:
-    """Inputs of a site over the first images of the stream, concatenated per argument.
+    """Inputs of sites over the first images of the stream, concatenated per argument.
 
     Every rank contributes its chunks; what the others than the first return is of no use.
 
     Args:
-        wanted: the arguments that are.
+        wanted: the arguments that are. keep: as in `Stream.inputs`.
     """
     head, ranks = stream.head(RANGE_IMAGES), stream.ranks
     numbers = (n for n, chunk in enumerate(head.chunks) if not chunk.is_meta)
     own: dict[int, tuple[Tensor, ...]] = {}
     elements = 0
-    for number, args in zip(numbers, head.inputs(run, module), strict=False):
+    for number, args in zip(numbers, head.inputs(run, *sites, keep=keep), strict=False):
         own[number] = args[wanted]
         elements += max(a.numel() for a in own[number])
         if elements >= MAX_ELEMENTS:
@@ -89,6 +89,7 @@ def calibrate_site(
     group: list[SimLinear],
     config: QuantConfig,
     decide: Callable[[Collect, Fit], Ranges] = _fit_now,
+    keep: bool = False,
 ) -> Fold | None:
     """Fit the activation quantizers of `site`; fold the norm before it where that is wanted.
 
@@ -99,6 +100,7 @@ def calibrate_site(
         group: all layers fed by the site's norm (with a norm), or the layer itself.
         config: the site's own settings.
         decide: calls the two functions it is given, or knows what they would come to.
+        keep: what enters the site is asked for again, from the same stream.
 
     Returns:
         The fold, if the norm was folded; else None.
@@ -107,8 +109,10 @@ def calibrate_site(
     bits = config.image_bits if isinstance(module, SimConv2d) else config.a_bits
     if bits == FLOAT_BITS:
         return None
+    keep = keep and site.norm is None  # a norm changes when it is folded
     ranges = decide(
-        lambda: gather(stream, run, module), lambda inputs: _fit(site, module, inputs, config)
+        lambda: gather(stream, run, module, keep=keep),
+        lambda inputs: _fit(site, module, inputs, config),
     )
     if isinstance(ranges, Fold):
         assert site.norm is not None

@@ -28,6 +28,10 @@ _SLICE = 1 << 18
 # A single row longer than this has its tails found among those that a sample says may be in them.
 _SAMPLED = 1 << 17
 _SAMPLE_STEP = 101
+# A whole tensor's candidates are compared on every s-th element, the largest s here that leaves
+# this many: primes that divide no usual number of channels, so that all channels take part.
+_ERROR_STEPS = (1, 11, 23, 47, 101)
+_ERROR_SAMPLE = 1 << 18
 
 
 def tail_quantiles(rows: Tensor, percentiles: tuple[float, ...]) -> tuple[Tensor, Tensor]:
@@ -103,8 +107,14 @@ def _affine_from_range(lo: Tensor, hi: Tensor, bits: int, centered_int8: bool) -
     return AffineParams(scale, zero_point.to(torch.int32), bits)
 
 
+def _error_sample(row: Tensor) -> Tensor:
+    """The elements of a whole tensor, flat, that candidate ranges are compared on."""
+    step = max(s for s in _ERROR_STEPS if s == 1 or s * _ERROR_SAMPLE <= row.numel())
+    return row[::step].contiguous()
+
+
 def _squared_error(rows: Tensor, params: AffineParams) -> Tensor:
-    """Sum of squared quantization errors per row, fp32 [R]."""
+    """Sum of squared quantization errors per row, fp64 [R]."""
     step = max(1, _SLICE // rows.shape[0])
     total = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
     scale, zero = params.scale[:, None], params.zero_point[:, None].float()
@@ -135,6 +145,8 @@ def fit_rows(
     check_bits(bits)
     rows = rows.detach().float()
     hi, lo = tail_quantiles(rows, percentiles)
+    if len(rows) == 1:
+        rows = _error_sample(rows[0])[None]
     best = _affine_from_range(lo[0], hi[0], bits, centered_int8)
     error = _squared_error(rows, best)
     scale, zero_point = best.scale.clone(), best.zero_point.clone()
@@ -243,7 +255,7 @@ def fit_softmax(
     scales = tail_quantiles(flat[None], percentiles)[0][:, 0].clamp(min=1e-6)
     last = 2**bits - 1
     errors = torch.zeros(len(scales), 2, dtype=torch.float64, device=flat.device)
-    for x in flat.split(_SLICE):
+    for x in _error_sample(flat).split(_SLICE):
         exponent = torch.log2(x)
         for i, scale in enumerate(scales):
             code = ((exponent - torch.log2(scale)) * -2.0).round_().clamp_(0, last)

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from erq.reduce.gram import Gram
-from erq.reduce.ridge import factor, solve
+from erq.reduce.ridge import Ridge
 
 
-def aqer(gram: Gram, weight: Tensor, strength: float, has_bias: bool = True) -> Tensor:
+def aqer(ridge: Ridge, weight: Tensor, cross: Tensor) -> Tensor:
     """The updated weight.
 
     Args:
-        gram: statistics of the layer.
+        ridge: of the layer's statistics; without the constant input the bias stays.
         weight: fp64 [N, D + 1], bias last (0 if there is none).
-        strength: λ in the units of the Gram matrix (`ridge_strength`).
-        has_bias: False solves without the constant input.
+        cross: fp64 [D + 1, N], CWᵀ (`Gram.cross`).
 
     Returns:
         fp64 [N, D + 1].
     """
-    n = len(gram.g) if has_bias else len(gram.g) - 1
-    delta = solve(factor(gram.g[:n, :n], strength), gram.c[:n] @ weight[:, :-1].t())
+    n = ridge.size
     out = weight.clone()
-    out[:, :n] += delta.t()
+    out[:, :n] += ridge.solve(cross[:n]).t()
     return out

@@ -24,31 +24,32 @@ def refine_greedy(error: Tensor, step: Tensor, moment: Tensor) -> Tensor:
     Returns:
         bool [N, n]: which weights end on their other neighbour.
     """
-    n = error.shape[1]
-    flipped = torch.zeros_like(error, dtype=torch.bool)
-    active = torch.arange(error.shape[0], device=error.device)
-    diagonal = moment.diagonal()
     gradient = 2 * (error @ moment)
-    curvature = step.square() * diagonal
+    curvature = step.square() * moment.diagonal()
+    # Changes below rounding noise of the proxy are no gain.
+    tiny = torch.finfo(error.dtype).tiny
+    floor = -1e-6 * (error.square() @ moment.diagonal()).clamp(min=tiny)
     step = step.clone()
-    # Changes below rounding noise of the proxy are no gain; every accepted flip lowers a sum that
-    # is bounded below, so the loop ends; the bound only guards against that noise.
-    floor = -1e-6 * (error.square() @ diagonal).clamp(min=torch.finfo(error.dtype).tiny)
-    for _ in range(10 * n):
-        change = torch.addcmul(curvature, step, gradient)
-        best, index = change.min(dim=1)
-        keep = best < floor
-        if not bool(keep.all()):
-            keep = keep.nonzero()[:, 0]
-            if not len(keep):
-                break
-            active, index, floor = active[keep], index[keep], floor[keep]
-            step, gradient, curvature = step[keep], gradient[keep], curvature[keep]
-        rows = torch.arange(len(active), device=error.device)
-        taken = step[rows, index]
-        gradient.addcmul_(2 * taken[:, None], moment[index])
-        step[rows, index] = -taken
-        flipped[active, index] ^= True
+    flipped = torch.zeros_like(error, dtype=torch.bool)
+    active = torch.arange(len(error), device=error.device)
+    # Every accepted flip lowers a sum that is bounded below, so the loop ends; the bound guards
+    # against rounding noise.
+    for _ in range(10 * error.shape[1]):
+        best, index = torch.addcmul(curvature, step, gradient).min(dim=1)
+        going = best < floor
+        count = int(going.sum())
+        if not count:
+            break
+        if 4 * count < 3 * len(active):  # finished rows are carried along until they are many
+            active, floor, index = active[going], floor[going], index[going]
+            step, gradient, curvature = step[going], gradient[going], curvature[going]
+            going = going[going]
+        place = index[:, None]
+        old = step.gather(1, place)
+        taken = torch.where(going[:, None], old, 0.0)
+        gradient.addcmul_(2 * taken, moment[index])
+        step.scatter_(1, place, old - 2 * taken)
+        flipped[active, index] ^= going
     return flipped
 
 

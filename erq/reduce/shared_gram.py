@@ -8,6 +8,8 @@ price of every chunk's matrices once over the wire; a plain all-reduce would add
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -23,30 +25,37 @@ class SharedGram:
     """Sums over the rows of all ranks.
 
     Args:
-        columns: D, as in `Gram`. parts: number of chunks in all, chunk i being part i of `ranks`.
+        columns, weight: as in `Gram`.
+        parts: number of chunks in all, chunk i being part i of `ranks`.
     """
 
-    def __init__(self, columns: int, device: torch.device, ranks: Ranks, parts: int) -> None:
-        self._columns = columns
-        self._device = device
+    def __init__(
+        self,
+        columns: int,
+        device: torch.device,
+        ranks: Ranks,
+        parts: int,
+        weight: Tensor | None = None,
+    ) -> None:
+        self._empty = partial(Gram, columns, device, weight)
         self._ranks = ranks
         self._rounds = ranks.rounds(parts)
         self._sums = [
             torch.zeros(ranks.pieces(m.numel())[ranks.rank], dtype=m.dtype, device=device)
-            for m in self._matrices(Gram(columns, torch.device("meta")))
+            for m in self._matrices(Gram(columns, torch.device("meta"), weight))
         ]
 
     def add(self, x: Tensor, upstream: Tensor | None, params: AffineParams | None) -> None:
         """Add the next chunk of every rank; arguments as in `Gram.add`."""
-        part = Gram(self._columns, self._device)
+        part = self._empty()
         part.add(x, upstream, params)
         self._swap(part)
 
     def whole(self) -> Gram:
         """The sums, on the first rank; elsewhere a matrix of zeros. To be called once."""
         while self._rounds:  # a rank that has one chunk less than the first
-            self._swap(Gram(self._columns, self._device))
-        gram = Gram(self._columns, self._device)
+            self._swap(self._empty())
+        gram = self._empty()
         for total, matrix in zip(self._sums, self._matrices(gram), strict=True):
             pieces: list[Tensor] = []
             self._ranks.in_order({self._ranks.rank: total}, pieces.append)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from erq.quant.fit import fit_dual_weight, fit_weight
 from erq.reduce.aqer import aqer
 from erq.reduce.gptq import gptq
 from erq.reduce.gram import Gram, OutputError
-from erq.reduce.ridge import ridge_strength
+from erq.reduce.ridge import Ridge, ridge_strength
 from erq.reduce.wqer import wqer
 
 _OFFICIAL_HEAD_RIDGE = 0.1
@@ -106,14 +107,18 @@ def solve_site(
     bias = zero if module.bias is None else module.bias
     original = torch.cat([module.weight, bias[:, None]], dim=1).double()
     official = config.ridge_scale == "sum"
-    error = OutputError(gram, original)
+    cross = gram.cross(original[:, :-1])
+    error = OutputError(gram, original, cross)
     errors = {"error_float": error.of(original)}
 
+    @cache
+    def ridge(value: float) -> Ridge:
+        return Ridge(gram, ridge_strength(gram, value, config.ridge_scale), has_bias)
+
     weight = original
-    if config.method == "erq" and config.aqer and bool((gram.c != 0).any()):
+    if config.method == "erq" and config.aqer and bool(gram.c.any()):
         value = _OFFICIAL_HEAD_RIDGE if official and batch_rows else config.ridge_act
-        strength = ridge_strength(gram, value, config.ridge_scale)
-        weight = aqer(gram, original, strength, has_bias)
+        weight = aqer(ridge(value), original, cross)
     errors["error_aqer"] = error.of(weight)
 
     params, nearest = _round_to_nearest(weight, site, config)
@@ -130,9 +135,8 @@ def solve_site(
     elif config.method == "erq" and config.wqer:
         conv = site.kind == "conv"
         value = config.ridge_weight * (_OFFICIAL_CONV_FACTOR if official and conv else 1.0)
-        strength = ridge_strength(gram, value, config.ridge_scale)
         refine = "off" if official and conv else config.refine
-        codes, new_bias = wqer(gram, weight, params, strength, refine, has_bias)
+        codes, new_bias = wqer(gram, weight, params, ridge(value), refine)
     final = torch.cat([dequantize(codes, params).double(), new_bias[:, None]], dim=1)
     errors["error_final"] = error.of(final)
 

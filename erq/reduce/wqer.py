@@ -3,8 +3,7 @@ it.
 
 Source: the paper's second step; method.md §7. Each round rounds the first half of the free columns
 (with rounding refinement), then updates the remaining columns and the bias by ridge regression:
-W_r ← W_r − δ_s G_sr (G_rr + λI)⁻¹. In reversed column order every G_rr is a leading block of one
-matrix, so one Cholesky factor serves all rounds.
+W_r ← W_r − δ_s G_sr (G_rr + λI)⁻¹. One Cholesky factor serves all rounds (`Ridge`).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 from erq.quant import WeightParams
 from erq.quant.functional import element_params
 from erq.reduce.gram import Gram
-from erq.reduce.ridge import factor, solve
+from erq.reduce.ridge import Ridge
 from erq.reduce.rounding import refine_greedy, refine_official
 
 
@@ -41,9 +40,8 @@ def wqer(
     gram: Gram,
     weight: Tensor,
     params: WeightParams,
-    strength: float,
+    ridge: Ridge,
     refine: str,
-    has_bias: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Codes and bias of least output error.
 
@@ -51,16 +49,14 @@ def wqer(
         gram: statistics of the layer.
         weight: fp64 [N, D + 1], bias last.
         params: the weight's quantizer.
-        strength: λ in the units of the Gram matrix (`ridge_strength`).
+        ridge: of these statistics; without the constant input the bias stays.
         refine: greedy, official or off.
-        has_bias: False leaves the bias out.
 
     Returns:
         int32 codes [N, D] and the fp64 bias [N].
     """
     d = gram.columns
-    n = d + 1 if has_bias else d
-    reversed_factor = factor(gram.g[:n, :n].flip(0, 1), strength)
+    n = ridge.size
     current = weight[:, :n].clone()
     shape = weight[:, :d].shape
     scale, zero_point = (p.expand(shape) for p in element_params(params, shape))
@@ -74,29 +70,24 @@ def wqer(
         code, other = neighbours(value, s, z, 2**params.bits - 1)
         grid = (code - z).double() * s
         if refine != "off":
-            moment = _moment(gram, columns, reversed_factor, n, refine)
+            moment = _moment(gram, columns, ridge, refine)
             refiner = refine_official if refine == "official" else refine_greedy
             flip = refiner((grid - value).float(), (other - code) * s, moment)
             code = torch.where(flip, other, code)
             grid = (code - z).double() * s
         codes[:, columns] = code.to(torch.int32)
-        rest = n - stop
-        if rest:
-            rhs = (gram.g[stop:n, columns] @ (grid - value).t()).flip(0)
-            current[:, stop:] -= solve(reversed_factor[:rest, :rest], rhs).flip(0).t()
+        if stop < n:
+            rhs = gram.g[stop:n, columns] @ (grid - value).t()
+            current[:, stop:] -= ridge.solve(rhs, stop).t()
         start = stop
-    bias = current[:, d] if has_bias else weight[:, d]
+    bias = current[:, d] if n > d else weight[:, d]
     return codes, bias
 
 
-def _moment(gram: Gram, columns: slice, reversed_factor: Tensor, n: int, refine: str) -> Tensor:
+def _moment(gram: Gram, columns: slice, ridge: Ridge, refine: str) -> Tensor:
     """The quadratic form, fp32 [s, s], that the rounding of `columns` minimizes."""
     if refine == "greedy":
-        # What is left of the error once the remaining columns have made up for it: the Schur
-        # complement G_ss − G_sr (G_rr + λI)⁻¹ G_rs, a diagonal block of the same factor.
-        block = slice(n - columns.stop, n - columns.start)
-        lower = reversed_factor[block, block]
-        return ((lower @ lower.t()) / gram.rows).flip(0, 1).float()
+        return (ridge.remaining(columns) / gram.rows).float()
     # The published proxy: μμᵀ plus the unbiased covariance, remaining columns left out.
     moment = gram.g[columns, columns] / gram.rows
     mean = gram.g[-1, columns] / gram.rows

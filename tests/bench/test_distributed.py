@@ -84,7 +84,10 @@ def test_plan_by_hand(distributed: Any) -> None:
     fc2 = found["blocks.0.mlp.fc2"]
     d = 4 * 24
     # Four chunks on four ranks: one round, in which three quarters of four matrices travel.
-    assert fc2.sums == 3 * (8 * (d + 1) ** 2 + 4 * (d + 1) * d + 4 * d * d)
+    # Fewer outputs than inputs: CWᵀ and a trace for C and P.
+    assert fc2.sums == 3 * (8 * (d + 1) ** 2 + 4 * (d + 1) * 24 + 4)
+    fc1 = found["blocks.0.mlp.fc1"]
+    assert fc1.sums == 3 * (8 * 25**2 + 4 * 25 * 24 + 4 * 24 * 24)
     # Ranges need 32 images, two chunks; the first rank has one of them.
     assert fc2.rows == 16 * 17 * d * 4
     assert fc2.decision == 3 * (24 * d + 12 * 24)

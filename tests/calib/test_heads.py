@@ -68,11 +68,11 @@ def test_output_stays_and_operands_are_centred(
     else:
         it = Case(tiny_vit(qkv_bias=kind == "vit"))
     before = it.run(it.x)
-    proj_before = observe(it.run, it.attention.proj, it.x)[0]
+    proj_before = observe(it.run, (it.attention.proj,), it.x)[0][0]
     basis = rotate_heads(it.attention, it.statistics())
     assert basis is not None
     torch.testing.assert_close(it.run(it.x), before, rtol=1e-4, atol=1e-5)
-    proj_after = observe(it.run, it.attention.proj, it.x)[0]
+    proj_after = observe(it.run, (it.attention.proj,), it.x)[0][0]
     torch.testing.assert_close(proj_after, basis.apply(proj_before), rtol=1e-3, atol=1e-4)
     after = it.statistics()
     for centred in (after.k_mean, after.v_mean):

@@ -82,6 +82,7 @@ from erq.quant.fit import (
 )
 from erq.reduce.aqer import aqer
 from erq.reduce.gram import Gram
+from erq.reduce.ridge import Ridge
 from erq.reduce.wqer import wqer
 
 LOGITS = 1e-4
@@ -631,7 +632,8 @@ def solve_aqer(golden: Golden, layer: Layer) -> Tensor:
     """Our weight after Aqer, fp64 [N, D + 1]."""
     if layer.conv:  # the official code leaves it as it is
         return layer.weight
-    return aqer(layer.gram, layer.weight, ridge_of_aqer(golden, layer), layer.has_bias)
+    ridge = Ridge(layer.gram, ridge_of_aqer(golden, layer), layer.has_bias)
+    return aqer(ridge, layer.weight, layer.gram.cross(layer.weight[:, :-1]))
 
 
 def ridge_of_aqer(golden: Golden, layer: Layer) -> float:
@@ -714,10 +716,11 @@ def check_final(golden: Golden, layer: Layer, params: WeightParams, bias: Tensor
     """
     shape = layer.weight[:, :-1].shape
     start = golden.get(f"aqer.{layer.name}.weight", shape).double()
-    ridge = golden.ridge * (CONV_FACTOR if layer.conv else 1.0)
+    strength = golden.ridge * (CONV_FACTOR if layer.conv else 1.0)
+    ridge = Ridge(layer.gram, strength, layer.has_bias)
     refine = "off" if layer.conv else "official"
     weight = torch.cat([start, bias[:, None]], dim=1)
-    codes, new_bias = wqer(layer.gram, weight, params, ridge, refine, layer.has_bias)
+    codes, new_bias = wqer(layer.gram, weight, params, ridge, refine)
     weight = golden.get(f"final.{layer.name}.weight", shape)
     their_codes = quantize(weight, params)
     step = params.rest.scale if isinstance(params, DualAffineParams) else params.scale

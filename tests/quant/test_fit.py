@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from erq.quant import AffineParams, DualAffineParams, dequantize, fake_quantize, quantize
+from erq.quant import AffineParams, DualAffineParams, dequantize, fake_quantize, fit, quantize
 from erq.quant.fit import (
     ACTIVATION_PERCENTILES,
     WEIGHT_PERCENTILES,
@@ -108,6 +108,23 @@ def test_different_percentiles_win_in_different_rows() -> None:
     scale = fit_rows(rows, 4, WEIGHT_PERCENTILES).scale
     winners = ((hi - lo) / 15 - scale).abs().argmin(dim=0)
     assert len(winners.unique()) >= 3
+
+
+def test_candidates_for_a_wide_tensor_are_compared_on_all_channels() -> None:
+    # Channels 0 and 96 of 192 hold the tails: every channel's share of the sample is the same.
+    x = torch.randn(17_000, 192)
+    x[:, ::96] *= 30
+    seen: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        inner = fit._squared_error
+        patch.setattr(fit, "_squared_error", lambda r, p: seen.append(r) or inner(r, p))
+        params = fit_tensor(x, 4)
+    assert {len(r[0]) for r in seen} == {-(-x.numel() // 11)}
+    share = float((seen[0].abs() > 6).float().mean() / (x.abs() > 6).float().mean())
+    assert 0.97 < share < 1.03
+    fakes = [fake_quantize(x, p) for p in (params, fit_tensor(x[::11], 4))]
+    errors = [float((f - x).square().mean()) for f in fakes]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

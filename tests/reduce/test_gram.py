@@ -89,18 +89,21 @@ def test_no_rows_change_nothing(affine: Affine) -> None:
 
 
 @pytest.mark.parametrize("with_upstream", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
 def test_output_error_is_the_error_of_the_outputs(
-    params: AffineParams | None, with_upstream: bool
+    params: AffineParams | None, with_upstream: bool, narrow: bool
 ) -> None:
     x = torch.randn(150, 9) * 2 + torch.randn(9)
     upstream = x + 0.3 * torch.randn_like(x) if with_upstream else x
-    gram = Gram(9, x.device)
-    gram.add(x, upstream if with_upstream else None, params)
-    full, other = torch.randn(2, 6, 10).double()
+    full, other = torch.randn(2, 6, 10).float().double()
     other = full + 0.1 * other
+    # Six outputs of nine inputs: with the weight known, its products are summed.
+    gram = Gram(9, x.device, full[:, :-1].float() if narrow else None)
+    gram.add(x, upstream if with_upstream else None, params)
+    assert (gram.c.shape == (10, 6)) == narrow
     a, _ = rows_of(x, params)
     y = torch.cat([upstream.double(), torch.ones(150, 1)], dim=1) @ full.t()
-    error = OutputError(gram, full)
+    error = OutputError(gram, full, gram.cross(full[:, :-1]))
     for weight in (full, other):
         expected = float((y - a @ weight.t()).square().sum() / y.square().sum())
         assert error.of(weight) == pytest.approx(expected, rel=1e-4, abs=1e-6)
@@ -110,4 +113,18 @@ def test_output_error_of_a_dead_layer_is_zero() -> None:
     gram = Gram(3, torch.device("cpu"))
     gram.add(torch.randn(10, 3), None, None)
     zero = torch.zeros(2, 4).double()
-    assert OutputError(gram, zero).of(zero) == 0.0
+    assert OutputError(gram, zero, gram.cross(zero[:, :-1])).of(zero) == 0.0
+
+
+def test_a_narrow_layer_sums_what_the_solves_use(affine: Callable[..., AffineParams]) -> None:
+    x, weight = torch.randn(200, 9), torch.randn(4, 9)
+    whole, narrow = Gram(9, x.device), Gram(9, x.device, weight)
+    for gram in (whole, narrow):
+        for part in x.split(64):
+            gram.add(part, part + 0.1, affine(0.3, 7))
+    w = weight.double()
+    assert narrow.c.shape == (10, 4)
+    assert torch.equal(narrow.g, whole.g)
+    torch.testing.assert_close(narrow.cross(w), whole.cross(w), rtol=1e-5, atol=1e-3)
+    assert narrow.energy(w) == pytest.approx(whole.energy(w), rel=1e-5)
+    assert Gram(9, x.device, torch.randn(9, 9)).c.shape == (10, 9)

@@ -58,13 +58,18 @@ def chunks(count: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(7, 5) * s, torch.randn(7, 5) * s) for s in scales]
 
 
-def shared(parts: list[tuple[Tensor, Tensor]], size: int, params: AffineParams | None) -> Gram:
+def shared(
+    parts: list[tuple[Tensor, Tensor]],
+    size: int,
+    params: AffineParams | None,
+    weight: Tensor | None = None,
+) -> Gram:
     """The first rank's sums."""
     board, found = Board(size), dict[int, Gram]()
 
     def work(rank: int) -> None:
         ranks = ThreadRanks(rank, size, board)
-        gram = SharedGram(5, CPU, ranks, len(parts))
+        gram = SharedGram(5, CPU, ranks, len(parts), weight)
         for x, upstream in parts[rank::size]:
             gram.add(x, upstream, params)
         found[rank] = gram.whole()
@@ -80,15 +85,17 @@ def shared(parts: list[tuple[Tensor, Tensor]], size: int, params: AffineParams |
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("count", [1, 5, 6])
+@pytest.mark.parametrize("narrow", [True, False])
 def test_sums_are_those_of_one_process(
-    size: int, quantized: bool, count: int, affine: Callable[..., AffineParams]
+    size: int, quantized: bool, count: int, narrow: bool, affine: Callable[..., AffineParams]
 ) -> None:
+    weight = torch.randn(3, 5) if narrow else None
     params = affine(0.3, 7) if quantized else None
     parts = chunks(count)
-    alone = Gram(5, CPU)
+    alone = Gram(5, CPU, weight)
     for x, upstream in parts:
         alone.add(x, upstream, params)
-    gram = shared(parts, size, params)
+    gram = shared(parts, size, params, weight)
     assert gram.rows == alone.rows == 7 * count
     for matrix, expected in ((gram.g, alone.g), (gram.c, alone.c), (gram.p, alone.p)):
         assert torch.equal(matrix, expected)

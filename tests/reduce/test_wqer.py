@@ -11,6 +11,7 @@ from torch import Tensor
 
 from erq.quant import AffineParams, WeightParams, dequantize, fake_quantize, quantize
 from erq.quant.fit import fit_dual_weight, fit_weight
+from erq.reduce.ridge import Ridge
 from erq.reduce.rounding import refine_greedy, refine_official
 from erq.reduce.wqer import neighbours, wqer
 
@@ -89,7 +90,7 @@ def test_rounds_equal_the_straightforward_ones(
     it = layer(d=d, n=24)
     params = fit(it.weight, 3, dual)
     a = it.a if has_bias else it.a[:, :-1]
-    codes, bias = wqer(it.gram, it.weight, params, 0.7, refine, has_bias)
+    codes, bias = wqer(it.gram, it.weight, params, Ridge(it.gram, 0.7, has_bias), refine)
     expected_codes, expected_bias = straightforward(a, it.weight, params, 0.7, refine)
     assert torch.equal(codes, expected_codes)
     torch.testing.assert_close(bias, expected_bias)
@@ -99,7 +100,9 @@ def test_refinements_differ_on_this_data(layer: Build) -> None:
     """Guards the test above: each refinement does something there."""
     it = layer(d=32, n=24)
     params = fit(it.weight, 3, dual=True)
-    results = [wqer(it.gram, it.weight, params, 0.7, refine)[0] for refine in REFINES]
+    results = [
+        wqer(it.gram, it.weight, params, Ridge(it.gram, 0.7, True), refine)[0] for refine in REFINES
+    ]
     assert not any(torch.equal(results[i], results[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
@@ -113,7 +116,7 @@ def test_error_is_no_more_than_that_of_rounding_to_nearest(
     torch.manual_seed(seed)
     it = layer(d=24, n=40)
     params = fit(it.weight, bits)
-    codes, bias = wqer(it.gram, it.weight, params, 1e-3, refine, has_bias)
+    codes, bias = wqer(it.gram, it.weight, params, Ridge(it.gram, 1e-3, has_bias), refine)
     nearest = value(quantize(it.weight[:, :-1].float(), params), params, it.weight[:, -1])
     reduced = value(codes, params, bias)
     assert codes.dtype == torch.int32
@@ -130,7 +133,7 @@ def test_greedy_beats_no_refinement_in_the_mean(layer: Build) -> None:
         it = layer(d=24, n=40)
         params = fit(it.weight, 3)
         for refine in REFINES:
-            codes, bias = wqer(it.gram, it.weight, params, 1e-3, refine)
+            codes, bias = wqer(it.gram, it.weight, params, Ridge(it.gram, 1e-3, True), refine)
             totals[refine] += float(it.error(value(codes, params, bias)).sum())
     assert totals["greedy"] < totals["off"]
     assert totals["greedy"] < totals["official"]
@@ -142,7 +145,7 @@ def test_weights_on_the_grid_stay(layer: Build, refine: str) -> None:
     params = fit(it.weight, 4)
     codes = quantize(it.weight[:, :-1].float(), params)
     exact = value(codes, params, it.weight[:, -1])
-    got, bias = wqer(it.gram, exact, params, 0.1, refine)
+    got, bias = wqer(it.gram, exact, params, Ridge(it.gram, 0.1, True), refine)
     assert torch.equal(got, codes)
     torch.testing.assert_close(bias, it.weight[:, -1])
 
@@ -150,7 +153,7 @@ def test_weights_on_the_grid_stay(layer: Build, refine: str) -> None:
 @pytest.mark.parametrize("refine", REFINES)
 def test_singular_statistics_without_ridge(layer: Build, refine: str) -> None:
     it = layer(d=20, n=6, rows=50, rank=4)
-    codes, bias = wqer(it.gram, it.weight, fit(it.weight, 4), 0.0, refine)
+    codes, bias = wqer(it.gram, it.weight, fit(it.weight, 4), Ridge(it.gram, 0.0, True), refine)
     assert bool(torch.isfinite(bias).all())
     assert int(codes.max()) < 16
 
