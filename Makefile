@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv native test pytest lint format demo dist clean distclean
+.PHONY: help venv native test pytest lint format demo fuzz dist clean distclean
 
 help:
 	@echo 'make demo       set up, then quantize, pack, reload, evaluate and time the shipped model'
@@ -15,6 +15,7 @@ help:
 	@echo 'make pytest     the test suite alone; PYTEST_ARGS="-k pattern" is passed on'
 	@echo 'make lint       ruff check, ruff format --check, mypy --strict'
 	@echo 'make format     let ruff fix and format the tree'
+	@echo 'make fuzz       hostile inputs, 100,000 a target, an hour or more; FUZZ_CASES=1000 for fewer'
 	@echo 'make venv       the set-up alone: $(VENV) with the package (editable) and its test tools'
 	@echo 'make native     build the libraries of csrc/ again, after a change'
 	@echo 'make dist       dist/: the sdist, the pure wheel and the wheel with the libraries built here'
@@ -50,6 +51,9 @@ format: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/erq demo
+
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz.campaign
 
 # Wheels come from the sdist, so that it is known to be whole; the pure one installs anywhere.
 dist: $(STAMP)

@@ -51,12 +51,26 @@ INTERRUPTED = 130
 SHARED = ("quantize", "eval")
 """Commands that several ranks can share."""
 
+_LONGEST = 700
+"""Characters of a word that a message repeats."""
+
 SITE_IMAGES = 32
 """Images on which the layers are compared one by one."""
 
 
 class _Commands(TyperGroup):
     """Turns whatever a command raises into one line on stderr and an exit code."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Read what stands before the command's name."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except Exception as error:
+            is_usage = getattr(error, "exit_code", 1) == 2 and hasattr(error, "format_message")
+            if not is_usage or type(error).__name__ == "NoArgsIsHelpError":
+                raise
+            print(_line("erq", f"{_usage(error)}; see --help"), file=sys.stderr)
+            raise typer.Exit(2) from error
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
@@ -72,7 +86,7 @@ class _Commands(TyperGroup):
             speaks = _speaks(ctx)
             if getattr(error, "exit_code", 1) == 2 and hasattr(error, "format_message"):
                 if speaks:
-                    _say(ctx, f"{error.format_message().rstrip('.')}; see --help")
+                    _say(ctx, f"{_usage(error)}; see --help")
                 raise typer.Exit(2) from error
             if (ctx.obj or {}).get("debug"):
                 traceback.print_exc()
@@ -109,7 +123,18 @@ def _join(ctx: typer.Context, device: torch.device) -> Ranks:
 def _say(ctx: Any, text: str) -> None:
     """One line on stderr, whatever `text` holds."""
     command = f"erq {ctx.invoked_subcommand}" if ctx.invoked_subcommand else "erq"
-    print(f"{command}: {' '.join(text.split())}", file=sys.stderr)
+    print(_line(command, text), file=sys.stderr)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the words of a command line; not all of a word that is very long."""
+    text = str(error.format_message()).rstrip(".")
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def _line(command: str, text: str) -> str:
+    text = " ".join(text.split())
+    return f"{command}: {text if len(text) <= 2 * _LONGEST else text[: 2 * _LONGEST] + '…'}"
 
 
 app = typer.Typer(

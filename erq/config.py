@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
+
+from erq.messages import shown
 
 FLOAT_BITS = 16
 """a_bits of activations that stay in floating point."""
@@ -91,21 +94,22 @@ class QuantConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}"
                 )
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be True or False, got {shown(getattr(self, name))}")
         for name in ("ridge_act", "ridge_weight"):
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+            if not is_number or not 0 <= value <= sys.float_info.max:
+                raise ValueError(f"{name} must be a finite number >= 0, got {shown(value)}")
+        seed = self.seed
+        if not isinstance(seed, int) or isinstance(seed, bool) or not -(1 << 63) <= seed < 1 << 63:
+            raise ValueError(f"seed must be an integer of 64 bits, got {shown(seed)}")
         globs = self.keep_float
         if not isinstance(globs, tuple | list) or not all(isinstance(g, str) for g in globs):
-            raise ValueError(f"keep_float must be a list of globs, got {self.keep_float!r}")
+            raise ValueError(f"keep_float must be a list of globs, got {shown(self.keep_float)}")
         object.__setattr__(self, "keep_float", tuple(self.keep_float))
         object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
 
@@ -141,12 +145,14 @@ class QuantConfig:
         Raises:
             ValueError: an unknown field, by name, or a value that is not allowed.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a config is a dict of fields, got {shown(values)}")
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(
-                f"unknown config field {unknown[0]!r}; known: {', '.join(sorted(known))}"
-            )
+        for name in values:
+            if name not in known:
+                raise ValueError(
+                    f"unknown config field {shown(name)}; known: {', '.join(sorted(known))}"
+                )
         return cls(**dict(values))
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,10 +177,10 @@ class QuantConfig:
         """Raise ValueError for a glob of `overrides` or `keep_float` that matches no site."""
         for glob in (*self.overrides, *self.keep_float):
             if not any(fnmatchcase(name, glob) for name in names):
-                shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
+                known = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
                 raise ValueError(
-                    f"the glob {glob!r} matches none of the model's {len(names)} sites; "
-                    f"sites are named {shown}"
+                    f"the glob {shown(glob)} matches none of the model's {len(names)} sites; "
+                    f"sites are named {known}"
                 )
 
 
@@ -197,14 +203,14 @@ def _check_bits(value: Any, name: str, float_allowed: bool) -> None:
     if is_int and (2 <= value <= 8 or (float_allowed and value == FLOAT_BITS)):
         return
     also = f", or {FLOAT_BITS} for floating point" if float_allowed else ""
-    raise ValueError(f"{name} must be an integer from 2 to 8{also}, got {value!r}")
+    raise ValueError(f"{name} must be an integer from 2 to 8{also}, got {shown(value)}")
 
 
 def _parse_bits(name: str) -> dict[str, int]:
-    match = re.fullmatch(r"w(\d+)a(\d+)", name) if isinstance(name, str) else None
+    match = re.fullmatch(r"w([0-9]{1,2})a([0-9]{1,2})", name) if isinstance(name, str) else None
     if match is None:
         raise ValueError(
-            f"unknown preset {name!r}; presets are {', '.join(PRESETS)}, "
+            f"unknown preset {shown(name)}; presets are {', '.join(PRESETS)}, "
             "or any w<2..8>a<2..8 or 16>"
         )
     return {"w_bits": int(match[1]), "a_bits": int(match[2])}
@@ -216,16 +222,18 @@ def _checked_overrides(overrides: Any) -> dict[str, dict[str, Any]]:
     checked: dict[str, dict[str, Any]] = {}
     for glob, values in overrides.items():
         if not isinstance(glob, str) or not isinstance(values, Mapping):
-            raise ValueError(f"overrides must map globs to fields, got {glob!r}: {values!r}")
+            raise ValueError(
+                f"overrides must map globs to fields, got {shown(glob)}: {shown(values)}"
+            )
         for name in values:
             if name not in _SITE_FIELDS:
                 raise ValueError(
-                    f"overrides[{glob!r}] sets {name!r}; a site can override "
+                    f"overrides[{shown(glob)}] sets {shown(name)}; a site can override "
                     f"{', '.join(_SITE_FIELDS)}"
                 )
         try:
             QuantConfig(**dict(values))  # the fields' own checks
         except ValueError as error:
-            raise ValueError(f"overrides[{glob!r}]: {error}") from error
+            raise ValueError(f"overrides[{shown(glob)}]: {error}") from error
         checked[glob] = dict(values)
     return checked

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from erq.messages import shown
 from erq.ranks import ALONE, Ranks
 
 CHUNK_IMAGES = 16
@@ -27,6 +31,11 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tif
 
 Images = Tensor | Iterable[Any]
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LARGEST_SIDE = 1 << 14
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+_CROP_MODES = ("center", "squash", "border")
+
 
 def check_images(x: Any, shape: tuple[int, int | None, int | None]) -> Tensor:
     """`x` as a float tensor [N, C, H, W] that the model takes.
@@ -37,8 +46,27 @@ def check_images(x: Any, shape: tuple[int, int | None, int | None]) -> Tensor:
     Raises:
         ValueError: not images, wrong channels or size, NaN or infinite values.
     """
-    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+    check_image_shape(x, shape)
+    if not bool(torch.isfinite(x).all()):
+        bad = (~torch.isfinite(x.flatten(1))).any(dim=1).nonzero()[:, 0]
+        raise ValueError(
+            f"images hold NaN or infinite values, first in image {int(bad[0])} of this batch"
+        )
+    assert isinstance(x, Tensor)
+    return x
+
+
+def check_image_shape(x: Any, shape: tuple[int, int | None, int | None]) -> None:
+    """Raise ValueError unless `x` is a float tensor [N, C, H, W] that the model takes; its values
+    are not read.
+
+    Args:
+        shape: as in `check_images`.
+    """
+    is_dense = isinstance(x, Tensor) and x.layout is torch.strided and not x.is_meta
+    if not is_dense or x.dim() != 4 or x.dtype not in _FLOATS:
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        got += "" if is_dense else " that is not dense or has no data"
         raise ValueError(
             f"images must be a float tensor [N, C, H, W], already normalised, got {got}"
         )
@@ -49,12 +77,6 @@ def check_images(x: Any, shape: tuple[int, int | None, int | None]) -> Tensor:
         raise ValueError(
             f"images are {x.shape[2]}×{x.shape[3]}, the model takes {height}×{width}: resize them"
         )
-    if not bool(torch.isfinite(x).all()):
-        bad = (~torch.isfinite(x.flatten(1))).any(dim=1).nonzero()[:, 0]
-        raise ValueError(
-            f"images hold NaN or infinite values, first in image {int(bad[0])} of this batch"
-        )
-    return x
 
 
 def batches(images: Images) -> Iterable[tuple[Any, Any]]:
@@ -157,23 +179,53 @@ class Preprocessing:
 
         Args:
             shape: what the model takes; the config's own size where it is None.
+
+        Raises:
+            ValueError: a config that describes no preprocessing; it may come from a file.
         """
         from timm.data import resolve_data_config
 
         channels = shape[0]
-        size = pretrained_cfg.get("input_size") or (channels, 224, 224)
-        height, width = shape[1] or int(size[1]), shape[2] or int(size[2])
-        config = resolve_data_config(
-            {"input_size": (channels, height, width)}, pretrained_cfg=dict(pretrained_cfg)
-        )
-        return cls(
-            shape=(channels, height, width),
-            mean=_per_channel(config["mean"], channels),
-            std=_per_channel(config["std"], channels),
-            interpolation=str(config["interpolation"]),
-            crop_pct=float(config["crop_pct"]),
-            crop_mode=str(config["crop_mode"]),
-        )
+        try:
+            size = pretrained_cfg.get("input_size") or (channels, 224, 224)
+            height, width = shape[1] or int(size[1]), shape[2] or int(size[2])
+            config = resolve_data_config(
+                {"input_size": (channels, height, width)}, pretrained_cfg=dict(pretrained_cfg)
+            )
+            made = cls(
+                shape=(channels, height, width),
+                mean=_per_channel(config["mean"], channels),
+                std=_per_channel(config["std"], channels),
+                interpolation=str(config["interpolation"]),
+                crop_pct=float(config["crop_pct"]),
+                crop_mode=str(config["crop_mode"]),
+            )
+        except Exception as error:  # timm checks nothing: whatever wrong types and sizes break
+            raise ValueError(
+                f"the model's data config describes no preprocessing ({shown(error)})"
+            ) from error
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        """Raise ValueError at the first field that prepares no picture."""
+        fits: dict[str, tuple[bool, str]] = {
+            "shape": (
+                all(0 < n <= _LARGEST_SIDE for n in self.shape[1:]),
+                f"sides from 1 to {_LARGEST_SIDE:,}",
+            ),
+            "mean": (all(map(math.isfinite, self.mean)), "finite numbers"),
+            "std": (all(0 < v < math.inf for v in self.std), "finite numbers > 0"),
+            "interpolation": (self.interpolation in _INTERPOLATIONS, " or ".join(_INTERPOLATIONS)),
+            "crop_pct": (0.05 <= self.crop_pct <= 2, "a share from 0.05 to 2"),
+            "crop_mode": (self.crop_mode in _CROP_MODES, " or ".join(_CROP_MODES)),
+        }
+        for name, (good, what) in fits.items():
+            if not good:
+                raise ValueError(
+                    f"the model's data config: {name} must be {what}, got "
+                    f"{shown(getattr(self, name))}"
+                )
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """timm's evaluation transform: picture → float [C, H, W], normalised.
@@ -315,7 +367,7 @@ def synthetic_images(preprocessing: Preprocessing, indices: Sequence[int]) -> Te
     amplitude = 1.0 / f.clamp(min=1.0 / max(height, width))
     images = []
     for index in indices:
-        rng = torch.Generator().manual_seed(index)
+        rng = torch.Generator().manual_seed(index % (1 << 64))
         noise = torch.randn(channels + 1, height, width, generator=rng)
         noise = _GRAY_SHARE**0.5 * noise[:1] + (1 - _GRAY_SHARE) ** 0.5 * noise[1:]
         image = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude, s=(height, width))
@@ -343,7 +395,7 @@ def open_images(src: str) -> ImageSource:
     Raises:
         ValueError: what is wrong with the source, and what would be right.
     """
-    if src == "synthetic" and not Path(src).exists():
+    if src == "synthetic" and not os.path.exists(src):
         return SyntheticSource(src, _SYNTHETIC_SIZE, _no_picture)
     path, array = _locate(src)
     if path.is_dir():
@@ -371,19 +423,19 @@ def open_files(paths: Sequence[Path]) -> ImageSource:
         ValueError: a file that does not exist.
     """
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ValueError(f"{path}: no such image file")
     return ImageSource("files", len(paths), lambda i: _read_picture(paths[i]))
 
 
 def _locate(src: str) -> tuple[Path, str]:
     """Path and array name of PATH[:ARRAY]; a path that exists as written is one."""
-    if Path(src).exists() and src != "demo":
+    if os.path.exists(src) and src != "demo":
         return Path(src), "images"
     head, colon, array = src.rpartition(":")
     name = head if colon else src
     path = DEMO_FOLDER / "digits.npz" if name == "demo" else Path(name)
-    if not path.exists():
+    if not os.path.exists(path):  # False, too, for a name that no file can have
         raise ValueError(f"{src}: no such folder or file of images")
     return path, array if colon else "images"
 
@@ -431,10 +483,13 @@ def _some(names: Sequence[str]) -> str:
 
 def _read_picture(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as picture:
-            picture.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tags that have nothing to do with the pixels
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                picture.load()
+    except Exception as error:  # each of Pillow's readers raises what its format breaks
+        raise ValueError(f"{path}: not a readable image ({shown(error)})") from error
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"{path}: pixels of mode {picture.mode}; convert it to 8 bits a channel")
     # Pillow warns of transparency in a palette unless it goes through RGBA; same colours.
@@ -450,7 +505,9 @@ def _open_npz(src: str, path: Path, array: str) -> ImageSource:
             names = list(file.files)
             held = {n: file[n] for n in (array, _labels_of(array)) if n in names}
     except Exception as error:  # zipfile, zlib, numpy and the OS each raise their own
-        raise ValueError(f"{path}: not a readable .npz file of plain arrays ({error})") from error
+        raise ValueError(
+            f"{path}: not a readable .npz file of plain arrays ({shown(error)})"
+        ) from error
     images = _required(path, array, names, held)
     kind = images.dtype.kind
     _check_array(f"{path}: {array}", kind == "f", str(images.dtype), images.shape)
@@ -460,8 +517,12 @@ def _open_npz(src: str, path: Path, array: str) -> ImageSource:
     checked = _checked_labels(path, len(images), None if labels is None else labels.astype("int64"))
 
     def read(i: int) -> Image.Image | Tensor:
-        # astype also turns float16, float64 and foreign byte orders into what torch takes.
-        return torch.from_numpy(images[i].astype("float32")) if kind == "f" else _picture(images[i])
+        if kind != "f":
+            return _picture(images[i])
+        # astype also turns float16, float64 and foreign byte orders into what torch takes; a value
+        # beyond float32 becomes infinite, which `check_images` refuses.
+        with np.errstate(over="ignore"):
+            return torch.from_numpy(images[i].astype("float32"))
 
     return ImageSource(src, len(images), read, checked)
 
@@ -475,12 +536,14 @@ def _open_safetensors(src: str, path: Path, array: str) -> ImageSource:
         held = {n: file.get_slice(n) for n in (array, _labels_of(array)) if n in names}
         labels = file.get_tensor(_labels_of(array)) if _labels_of(array) in names else None
     except Exception as error:  # safetensors raises its own class, OSError and others
-        raise ValueError(f"{path}: not a readable .safetensors file ({error})") from error
+        raise ValueError(f"{path}: not a readable .safetensors file ({shown(error)})") from error
     images = _required(path, array, names, held)
     dtype, shape = str(images.get_dtype()), tuple(images.get_shape())
     is_float = dtype in ("F16", "BF16", "F32", "F64")
     _check_array(f"{path}: {array}", is_float, {"U8": "uint8"}.get(dtype, dtype), shape)
-    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+    if labels is not None and (
+        labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
+    ):
         raise ValueError(f"{path}: labels must be integers [N], got {labels.dtype}")
     checked = _checked_labels(path, shape[0], labels)
 

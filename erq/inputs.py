@@ -68,7 +68,7 @@ def class_names(net: nn.Module) -> list[str] | None:
     """
     config, classes = data_config(net), int(getattr(net, "num_classes", 0))
     names = config.get("label_names")
-    if names is not None and len(names) == classes:
+    if isinstance(names, list | tuple) and len(names) == classes:
         return [str(n) for n in names]
     if classes == 1000 and str(config.get("tag") or "").endswith("in1k"):
         from timm.data import ImageNetInfo

@@ -49,7 +49,7 @@ class TimmOptions:
 
 def is_timm_name(name: str) -> bool:
     """Whether `name` means one of timm's or torchvision's models, no file or shipped model."""
-    is_file = name.endswith(".safetensors") or (":" not in name and Path(name).is_file())
+    is_file = name.endswith(".safetensors") or (":" not in name and os.path.isfile(name))
     return not is_file and name != "demo"
 
 

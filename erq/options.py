@@ -104,9 +104,9 @@ def check_backend_name(name: str) -> None:
 
 def check_folder(out: Path) -> None:
     """Raise before minutes of work if the file cannot be written there."""
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):
         raise ValueError(f"{out}: the folder {out.parent} does not exist; create it first")
-    if out.is_dir():
+    if os.path.isdir(out):
         raise ValueError(f"{out} is a folder; name a file")
     if not os.access(out.parent, os.W_OK):
         raise ValueError(f"{out}: the folder {out.parent} is not writable")
@@ -116,8 +116,8 @@ def _value(text: str) -> Any:
     """A Python literal, or the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text  # {[]: 1} is a TypeError; deep brackets are one of the last two
 
 
 def _assignments(texts: list[str], option: str) -> Iterator[tuple[str, Any]]:

@@ -64,6 +64,8 @@ class Bars:
 
         def at(value: float) -> float:
             low, high = self.ticks[0], self.ticks[-1]
+            if not math.isfinite(value):
+                return float(width) if value > 0 else 0.0
             if self.log:
                 share = math.log(max(value, low) / low) / math.log(high / low)
             else:
@@ -198,12 +200,12 @@ def _bits(header: Mapping[str, Any]) -> Section:
 
 def _errors(header: Mapping[str, Any]) -> Section:
     layers = {n: s["errors"] for n, s in header["sites"].items() if s["errors"]}
-    final = [e["error_final"] for e in layers.values()]
-    nearest = [e["error_nearest"] for e in layers.values()]
+    final = [e.get("error_final") for e in layers.values()]
+    nearest = [e.get("error_nearest") for e in layers.values()]
     keys = ("error_float", "error_aqer", "error_nearest", "error_final")
-    rows = [(n, *(f"{e[k]:.1e}" for k in keys)) for n, e in layers.items()]
+    rows = [(n, *(f"{e[k]:.1e}" if k in e else "" for k in keys)) for n, e in layers.items()]
     chart = None
-    positive = [v for v in (*final, *nearest) if v > 0]
+    positive = [v for v in (*final, *nearest) if v is not None and 0 < v < math.inf]
     if positive:
         first = math.floor(math.log10(min(positive)))
         last = max(math.ceil(math.log10(max(positive))), first + 1)

@@ -383,7 +383,7 @@ def layer_norm_quantize(
     """`reference.layer_norm_quantize`.
 
     Raises:
-        IndexError: order names a channel that x does not have.
+        ValueError: order names a channel that x does not have.
     """
     x = _rows_in_place(x)
     columns = x.shape[1] if order is None else order.shape[0]
@@ -392,7 +392,7 @@ def layer_norm_quantize(
     wrong = _library().layer_norm_quantize(fields)
     del held
     if wrong:
-        raise IndexError(f"order must name channels 0..{x.shape[1] - 1}")
+        raise ValueError(f"order must name channels 0..{x.shape[1] - 1}")
     return out
 
 
@@ -562,8 +562,8 @@ def block(x: Tensor, a: BlockArguments) -> Tensor:
         As x.
 
     Raises:
-        IndexError: an order names a channel that x does not have. ValueError: widths that do not
-            fit each other.
+        ValueError: an order names a channel that x does not have, or widths that do not fit each
+            other.
     """
     x = x.contiguous()
     images, tokens, width = x.shape
@@ -585,7 +585,7 @@ def block(x: Tensor, a: BlockArguments) -> Tensor:
     )
     wrong = _library().block(b"".join([*(fields for fields, _ in parts), tail]))
     if wrong == 1:
-        raise IndexError(f"order must name channels 0..{width - 1}")
+        raise ValueError(f"order must name channels 0..{width - 1}")
     if wrong:
         raise ValueError(f"the widths of the block's parts do not fit x {list(x.shape)}")
     return out
@@ -605,7 +605,7 @@ def dequant_linear(
     """`reference.dequant_linear`: few rows at once with decoding, many on the decoded weight.
 
     Raises:
-        IndexError: columns names a channel that x does not have.
+        ValueError: columns names a channel that x does not have.
     """
     library, instructions = _library(), _variant_index()
     m, k = x.shape
@@ -617,9 +617,7 @@ def dequant_linear(
         for p in (packed, scale, zero_point, scale2, zero_point2, columns)
     ]
     if columns is not None:
-        low, high = (int(c) for c in columns.aminmax())
-        if low < 0 or high >= k:
-            raise IndexError(f"columns must lie in 0..{k - 1}, got {low}..{high}")
+        reference.check_channels("columns", columns, k)
     is_few = 0 < m <= _FEW_ROWS and k > 0
     out = torch.empty((m, n) if is_few else (n, k), device=_CPU)
     stream, *params = (_address(p) for p in kept)

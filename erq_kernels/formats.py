@@ -37,7 +37,8 @@ def check_range(codes: Tensor, bits: int) -> None:
 
 def check_stream(packed: Tensor, bits: int, count: int) -> None:
     """Raise ValueError unless `packed` holds `count` codes of `bits` bits."""
-    if packed.dtype != torch.uint8 or packed.numel() != packed_size(count, bits):
+    fits = packed.dim() > 0 and packed.numel() == packed_size(count, bits)
+    if packed.dtype != torch.uint8 or not fits:
         raise ValueError(
             f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes (uint8), got "
             f"{packed.numel()} of {packed.dtype}"

@@ -35,11 +35,20 @@ class _Op:
         update_wrapper(self, run)
         self._run = run
         self._op = torch.library.custom_op(f"erq::{run.__name__}", run, mutates_args=())
-        self.register_fake = self._op.register_fake
+
+    def register_fake(self, fake: Callable[..., Tensor]) -> None:
+        """Register the shape function; as it is what runs for tensors on several devices if one of
+        them is meta, which would then give what its memory holds, that is refused here."""
+
+        def checked(*args: Any, **kwargs: Any) -> Tensor:
+            _check_device(*(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
+            return fake(*args, **kwargs)
+
+        self._op.register_fake(checked)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else next(iter(kwargs.values()), None)
-        if type(first) is Tensor and is_plain_eager():
+        if type(first) is Tensor and not first.is_meta and is_plain_eager():
             return self._run(*args, **kwargs)
         return self._op(*args, **kwargs)
 
@@ -149,10 +158,21 @@ def _empty_codes(x: Tensor, shape: Sequence[int], packed: bool) -> Tensor:
     return x.new_empty(tuple(shape), dtype=torch.int8)
 
 
+def _check_strided(x: Tensor) -> None:
+    if x.layout is not torch.strided:
+        raise ValueError(f"tensors must be dense (torch.strided), got one of {x.layout}")
+
+
 def _check_device(x: Tensor, *others: Tensor | None) -> None:
     index = x.get_device()  # an int, −1 for the CPU and others alike: cheaper than the device
+    is_known = index >= 0 or x.is_cpu
+    _check_strided(x)
     for other in others:
-        if other is None or (other.get_device() == index and (index >= 0 or other.is_cpu)):
+        if other is not None:
+            _check_strided(other)
+        if other is None:
+            continue
+        if is_known and other.get_device() == index and (index >= 0 or other.is_cpu):
             continue
         if other.device != x.device:
             raise ValueError(
@@ -229,6 +249,7 @@ def layer_norm_quantize(
     if not (x.is_floating_point() and x.dim() == 2):
         raise ValueError(f"layer_norm_quantize takes a float [M, K], got {x.dtype} {list(x.shape)}")
     k = x.shape[1]
+    _require(weight is not None and bias is not None, "weight and bias must be tensors, got None")
     _check_vector("weight", weight, k)
     _check_vector("bias", bias, k)
     if not 0.0 < eps < float("inf"):
@@ -317,6 +338,7 @@ def qlinear(
                 f"weight_offset goes with packed operands and must be int32 {list(shape)}, got "
                 f"{weight_offset.dtype} {list(weight_offset.shape)}"
             )
+    _require(bias is not None, f"bias must be float32 [{n}], zeros for none, got None")
     vectors = {"scale": scale, "scale2": scale2, "bias": bias, "layer_scale": layer_scale}
     for name, vector in vectors.items():
         _check_vector(name, vector, n)
@@ -416,6 +438,7 @@ def qlinear_packed(
         f"packed must be uint8 {[n, columns * w_bits // 8]}, got {packed.dtype} "
         f"{list(packed.shape)}",
     )
+    _require(bias is not None, f"bias must be float32 [{n}], zeros for none, got None")
     vectors = {"scale": scale, "scale2": scale2, "bias": bias, "layer_scale": layer_scale}
     for name, vector in vectors.items():
         _check_vector(name, vector, n)
@@ -595,7 +618,7 @@ def dequant_linear(
     k, n = x.shape[1], scale.numel()
     size = formats.packed_size(n * k, bits)
     _require(
-        packed.dtype == torch.uint8 and packed.numel() == size,
+        packed.dtype == torch.uint8 and packed.dim() > 0 and packed.numel() == size,
         f"packed must hold {n}×{k} codes of {bits} bits in {size} bytes, got "
         f"{packed.numel()} of {packed.dtype}",
     )
@@ -648,6 +671,7 @@ def pack(codes: Tensor, bits: int, backend: str = "auto") -> Tensor:
         not (codes.is_floating_point() or codes.is_complex()),
         f"codes must be integers, got {codes.dtype}",
     )
+    _check_device(codes)
     return _run("pack", backend, codes, bits)
 
 
@@ -672,6 +696,7 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int], backend: str = "auto
     """
     _check_bits(bits, lowest=1)
     _require(all(n >= 0 for n in shape), f"shape must be sizes >= 0, got {list(shape)}")
+    _check_device(packed)
     return _run("unpack", backend, packed, bits, tuple(shape))
 
 
@@ -706,19 +731,19 @@ def repack(
     n = zero_point.numel()
     size = formats.packed_size(n * k, bits)
     _require(
-        packed.dtype == torch.uint8 and packed.numel() == size,
+        packed.dtype == torch.uint8 and packed.dim() > 0 and packed.numel() == size,
         f"packed must hold {n}×{k} codes of {bits} bits in {size} bytes, got "
         f"{packed.numel()} of {packed.dtype}",
     )
     _check_vector("zero_point", zero_point, n, torch.int32)
     _check_vector("zero_point2", zero_point2, n, torch.int32)
     _require((zero_point2 is None) == (columns is None), "zero_point2 and columns come together")
+    _check_device(packed, zero_point, zero_point2, columns)
     if columns is not None:
         _check_vector("columns", columns, columns.numel(), torch.int64)
         _require(0 < columns.numel() < k, f"columns must name 1..{k - 1} of {k} columns")
         inside = bool((columns >= 0).all() & (columns < k).all() & (columns.diff() > 0).all())
         _require(inside, f"columns must be sorted, distinct and inside 0..{k - 1}")
-    _check_device(packed, zero_point, zero_point2, columns)
     formats.check_centered(
         lambda: formats.unpack(packed, bits, (n, k)), bits, zero_point, zero_point2, columns
     )

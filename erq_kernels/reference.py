@@ -50,7 +50,9 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
         int32 [M, N].
     """
     if a.device.type == "cpu" and _int_mm_is_exact():
-        return torch._int_mm(a.contiguous(), b.t())
+        # Of overlapping rows, as expand gives, torch._int_mm reads others.
+        rows = b if b.stride() == (b.stride(0), 1) and b.stride(0) >= b.shape[1] else b.contiguous()
+        return torch._int_mm(a.contiguous(), rows.t())
     # |a·b| summed over K stays below 2**14 · K, far inside fp64's 2**53.
     return (a.double() @ b.double().t()).to(torch.int32)
 
@@ -73,6 +75,15 @@ def quantize(
     code = (x.float() * inv_scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
     codes = code.sub_(code_offset(bits)).to(torch.int8)
     return pack_nibbles(codes) if out_packed else codes
+
+
+def check_channels(name: str, index: Tensor, k: int) -> None:
+    """Raise ValueError unless `index` names channels 0..k − 1; on a GPU, where that waits for the
+    device, whoever makes the index sees to it."""
+    if index.is_cpu and index.numel():
+        low, high = (int(i) for i in index.aminmax())
+        if low < 0 or high >= k:
+            raise ValueError(f"{name} must name channels 0..{k - 1}, got {low}..{high}")
 
 
 def layer_norm_quantize(
@@ -99,6 +110,7 @@ def layer_norm_quantize(
     y = F.layer_norm(x.float(), (x.shape[-1],), weight, bias, eps)
     codes = quantize(y, inv_scale, zero_point, bits)
     if order is not None:
+        check_channels("order", order, x.shape[-1])
         codes = codes.index_select(-1, order)
     return pack_nibbles(codes) if out_packed else codes
 
@@ -303,6 +315,7 @@ def attention_values(
 
 def batch_bias(bias: Tensor, batch: int) -> Tensor:
     """The bias of every entry of a batch, from one for every n of them; see `qattention`."""
+    bias = bias.float()
     if bias.dim() < 4 or len(bias) in (1, batch):
         return bias
     return bias.repeat(batch // len(bias), 1, 1, 1)
@@ -374,6 +387,7 @@ def dequantize_weight(
     z = zero_point[:, None].expand(shape)
     if columns is not None:
         assert scale2 is not None and zero_point2 is not None
+        check_channels("columns", columns, shape[1])
         s, z = s.clone(), z.clone()
         s[:, columns] = scale2[:, None]
         z[:, columns] = zero_point2[:, None]

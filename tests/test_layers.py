@@ -31,7 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"calib"}),
     frozenset({"models", "quant"}),
     frozenset({"config", "data", "progress", "_version"}),
-    frozenset({"ranks"}),
+    frozenset({"ranks", "messages"}),
 )
 ROW_OF = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 

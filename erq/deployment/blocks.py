@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erq.deployment.modules import QuantAttention, QuantLinear, move
+from erq.deployment.modules import QuantAttention, QuantLinear, move, not_finite
 from erq.models.attention import Attention, ScaledScores
 from erq_kernels import dispatch, ops
 from erq_kernels._cpu import BlockArguments
@@ -141,13 +141,17 @@ class QuantBlock(nn.Module):
     qkv_zero_point: Tensor | None
     pad_codes: Tensor | None
 
-    def __init__(self, source: nn.Module) -> None:
+    def __init__(self, source: nn.Module, first: bool = False) -> None:
         """Take over the submodules of a deployed block x + ls1(attn(norm1 x)), + ls2(mlp(norm2 x)).
 
         Args:
             source: a block with the submodules norm1, attn, ls1, norm2, mlp, ls2.
+            first: of its network. Between its ops there are codes, which have no NaN: it gives NaN
+                in every token of an image that has NaN or infinity in one, as attention on floats
+                would; from there on the residual stream carries it to the logits.
         """
         super().__init__()
+        self.first = first
         block: Any = source
         self.norm1, self.attn, self.ls1 = block.norm1, block.attn, block.ls1
         self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
@@ -191,7 +195,14 @@ class QuantBlock(nn.Module):
         if attn_mask is not None or is_causal:
             raise ValueError("a quantized attention takes no mask; call the model without one")
         if ops.is_plain_eager() and self.runs_at_once(x):
-            return dispatch.call("block", "cpu", x, self._arguments())  # type: ignore[no-any-return]
+            y: Tensor = dispatch.call("block", "cpu", x, self._arguments())
+        else:
+            y = self._run_halves(x)
+        if self.first and self.attention_half.kernels:
+            y += not_finite(x, list(range(1, x.dim())))
+        return y
+
+    def _run_halves(self, x: Tensor) -> Tensor:
         if self.attention_half.kernels:
             x = self._attend(x)
         else:
@@ -392,6 +403,6 @@ def fuse_blocks(net: nn.Module, paths: list[str]) -> None:
     """Put a `QuantBlock` in place of each block at `paths` that has a half to run on codes."""
     for path in paths:
         parent, _, leaf = path.rpartition(".")
-        block = QuantBlock(net.get_submodule(path))
+        block = QuantBlock(net.get_submodule(path), first=path == paths[0])
         if block.attention_half.kernels or block.mlp_half.kernels:
             setattr(net.get_submodule(parent), leaf, block)

@@ -31,7 +31,8 @@ from erq.deployment.modules import (
     _Deployed,
     check_layout,
 )
-from erq.deployment.network import set_backend, set_layout
+from erq.deployment.network import InputCheck, set_backend, set_layout
+from erq.messages import shown
 from erq.models import Site, adapter_named
 from erq.models.attention import ScaledScores, WeightedValues
 from erq.models.info import QuantizedModelInfo
@@ -42,9 +43,17 @@ FORMAT = 2
 # What a file of format 1 does not say of its settings: fields that came later, as they were then.
 _FORMAT_1_SETTINGS = {"rotate_heads": False, "ranges": "official"}
 
+_LONGEST = 1000
+"""Characters of an error's message, which repeats names and values of the file."""
+
 
 class CheckpointError(ValueError):
     """A file that is no sound erq checkpoint; names the file, the tensor and what was expected."""
+
+    def __init__(self, message: str) -> None:
+        """Keep the beginning of a message that a hostile file made long."""
+        text = " ".join(message.split())
+        super().__init__(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…")
 
 
 def save(net: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -161,7 +170,9 @@ def load(
         net.load_state_dict(moved, strict=True, assign=True)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    fuse_blocks(net, adapter_named(info.family).pre_norm_blocks(net))
+    adapter = adapter_named(info.family)
+    fuse_blocks(net, adapter.pre_norm_blocks(net))
+    net.register_forward_pre_hook(InputCheck(adapter.input_shape(net)))
     net.requires_grad_(False).eval().to(device or "cpu")
     net.erq_info = info
     net.erq_report = [
@@ -282,7 +293,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: the erq header is not the expected JSON object") from error
     if type(number) is not int or number < 1:
-        raise CheckpointError(f"{file}: the header's format must be 1 or more, got {number!r}")
+        raise CheckpointError(f"{file}: the header's format must be 1 or more, got {shown(number)}")
     if number > FORMAT:
         raise CheckpointError(
             f"{file}: format {number}, this version reads up to {FORMAT}: upgrade erq"
@@ -297,7 +308,10 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 _Field = tuple[Callable[[Any], bool], str]
 _WIDTH: _Field = (lambda v: type(v) is int and MIN_BITS <= v <= MAX_BITS, "an integer from 2 to 8")
 _ERRORS: _Field = (
-    lambda v: isinstance(v, dict) and all(type(x) in (int, float) for x in v.values()),
+    lambda v: (
+        isinstance(v, dict)
+        and all(type(x) is float or (type(x) is int and abs(x) < 1 << 53) for x in v.values())
+    ),
     "an object of numbers",
 )
 _NORM: _Field = (lambda v: v is None or isinstance(v, str), "a name or null")
@@ -345,13 +359,13 @@ def _check_site(name: str, entry: Any) -> None:
     if not isinstance(kind, str) or kind not in _SITE_FIELDS:
         raise ValueError(
             f"site {name} must be an object whose kind is one of {', '.join(_SITE_FIELDS)}, got "
-            f"{kind!r}"
+            f"{shown(kind)}"
         )
     for key, (allowed, what) in _SITE_FIELDS[kind].items():
         if key not in entry:
             raise ValueError(f"site {name} lacks {key!r}, expected {what}")
         if not allowed(entry[key]):
-            raise ValueError(f"site {name}: {key} must be {what}, got {entry[key]!r}")
+            raise ValueError(f"site {name}: {key} must be {what}, got {shown(entry[key])}")
     if kind in ("linear", "conv"):
         dual = entry["dual"]
         if (entry["scheme"] == "dual") != (dual > 0) or dual >= entry["shape"][1]:
@@ -372,14 +386,15 @@ def _info(header: Mapping[str, Any]) -> QuantizedModelInfo:
     for key in (*strings, *objects):
         if not isinstance(header.get(key), str if key in strings else dict):
             what = "a string" if key in strings else "an object"
-            got = f"{header[key]!r}" if key in header else "nothing"
+            got = shown(header[key]) if key in header else "nothing"
             raise ValueError(f"the header's {key} must be {what}, got {got}")
     for name, entry in header["sites"].items():
         _check_site(name, entry)
     images = header["calibration"]
     if type(images.get("n")) is not int or not isinstance(images.get("sha256"), str):
         raise ValueError(
-            f"the header's calibration must hold an integer n and a string sha256, got {images!r}"
+            "the header's calibration must hold an integer n and a string sha256, got "
+            f"{shown(images)}"
         )
     return QuantizedModelInfo(
         family=header["family"],
@@ -419,7 +434,7 @@ def _skeleton(info: QuantizedModelInfo, sites: Mapping[str, Any], tensors: int) 
             raise ValueError(f"arch_kwargs: {key} is {state}")
         for key, value in info.arch_kwargs.items():
             if understood[key] != value:
-                raise ValueError(f"arch_kwargs: {key} cannot be {value!r}")
+                raise ValueError(f"arch_kwargs: {key} cannot be {shown(value)}")
         for name, module in net.named_modules():
             if not 0 <= getattr(module, "eps", 0.0) < 1:
                 raise ValueError(f"arch_kwargs: {name} has eps {module.eps}, expected 0..1")

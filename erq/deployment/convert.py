@@ -17,7 +17,7 @@ from erq.deployment.modules import (
     QuantScores,
     QuantValues,
 )
-from erq.deployment.network import set_backend
+from erq.deployment.network import InputCheck, set_backend
 from erq.models import adapter_named
 from erq.models.attention import Attention
 from erq_kernels.dispatch import check_backend
@@ -52,7 +52,9 @@ def deploy(sim: Any, backend: str = "auto") -> nn.Module:
     for name, module in list(net.named_modules()):
         if isinstance(module, SimLinear | SimConv2d):
             replace_module(net, name, _linear(module))
-    fuse_blocks(net, adapter_named(net.erq_info.family).pre_norm_blocks(net))
+    adapter = adapter_named(net.erq_info.family)
+    fuse_blocks(net, adapter.pre_norm_blocks(net))
+    net.register_forward_pre_hook(InputCheck(adapter.input_shape(net)))
     net.erq_report = [r if isinstance(r, dict) else r.to_dict() for r in sim.erq_report]
     net.requires_grad_(False)
     set_backend(net, backend)

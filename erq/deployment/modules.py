@@ -72,6 +72,19 @@ def _check_zero_point(name: str, zero_point: Tensor | None) -> None:
         raise ValueError(f"{name} must be below 2**24 in magnitude, got one of {worst:,}")
 
 
+def not_finite(x: Tensor, dim: int | list[int]) -> Tensor:
+    """What a result of `x` is marked with: fp32, 0, or NaN where `x` holds NaN or infinity.
+
+    Codes have no NaN: without this mark a plausible result would come of it. It costs no more than
+    reading `x` and waits for no device.
+
+    Args:
+        dim: dimensions that share one result; they are kept, with size 1.
+    """
+    # Infinity, and a sum beyond fp32, times 0 is NaN.
+    return x.detach().sum(dim, keepdim=True, dtype=torch.float32) * 0.0
+
+
 class _Deployed(nn.Module):
     """A module with a backend, whose buffers keep their dtype under `.half()` and the like."""
 
@@ -208,6 +221,8 @@ class _PackedWeight(_Deployed):
             raise ValueError(
                 f"the layer takes [..., {self.in_features}], got a tensor {list(x.shape)}"
             )
+        if x.layout is not torch.strided:
+            raise ValueError(f"the layer takes a dense tensor, got one of {x.layout}")
         return x.reshape(-1, self.in_features)
 
     def _linear(self, x: Tensor) -> Tensor:
@@ -420,11 +435,13 @@ class QuantLinear(_PackedWeight):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., N], in x's dtype."""
+        """[..., K] → [..., N], in x's dtype; a row with NaN or infinity gives NaN."""
         if self.x_scale is None:
             return self._linear(x)
-        codes = self.quantize(self._rows(x))
+        rows = self._rows(x)
+        codes = self.quantize(rows)
         y = self.multiply(self.in_gemm_order(codes), out_dtype=x.dtype)
+        y += not_finite(rows, -1)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -565,7 +582,7 @@ class QuantPatchEmbed(QuantLinear):
         """[B, C, H, W] → [B, N, H/kh, W/kw]."""
         y = super().forward(patches(x, self.kernel_size))
         grid = (x.shape[2] // self.kernel_size[0], x.shape[3] // self.kernel_size[1])
-        return y.transpose(1, 2).reshape(x.shape[0], -1, *grid)
+        return y.transpose(1, 2).reshape(x.shape[0], self.out_features, *grid)
 
 
 class _Operands(_Deployed):
@@ -680,8 +697,13 @@ class QuantAttention(Attention):
         )  # fmt: skip
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        """softmax(q kᵀ · temperature + bias) v for float [B, H, T, D] each: [B, H, T, D]."""
+        """softmax(q kᵀ · temperature + bias) v for float [B, H, T, D] each: [B, H, T, D].
+
+        An entry of the batch with NaN or infinity gives NaN in all its tokens.
+        """
         y = self.multiply(*self.quantize(q, k, v), bias=bias)
+        for x in (q, k, v):
+            y += not_finite(x, [1, 2, 3])
         return y.transpose(1, 2).to(q.dtype)
 
     def quantize(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from erq.config import FLOAT_BITS, QuantConfig, as_config
+from erq.data import check_image_shape
 from erq.deployment.blocks import QuantBlock
 from erq.deployment.modules import (
     QuantAttention,
@@ -18,6 +19,32 @@ from erq.deployment.modules import (
     _Deployed,
 )
 from erq_kernels.dispatch import check_backend
+
+
+class InputCheck:
+    """What a deployed network does before its forward pass: refuse what are no images for it.
+
+    Values are not looked at, so that nothing waits for a GPU: NaN and infinity come out as NaN.
+    """
+
+    def __init__(self, shape: tuple[int, int | None, int | None]) -> None:
+        """Take images of (channels, height, width), None where any size goes."""
+        self.shape = shape
+
+    def __call__(self, net: nn.Module, args: tuple[Any, ...]) -> None:
+        """Raise ValueError unless the first argument is a float tensor [N, C, H, W] that fits, of
+        the network's type and on its device."""
+        if not args:
+            return
+        x = args[0]
+        check_image_shape(x, self.shape)
+        for own in net.parameters():
+            if x.dtype != own.dtype or x.device != own.device:
+                raise ValueError(
+                    f"images are {x.dtype} on {x.device}, the network is {own.dtype} on "
+                    f"{own.device}: images.to(device, dtype)"
+                )
+            break  # those behind it may stay fp32 in a network of fp16
 
 
 def set_backend(net: nn.Module, backend: str) -> None:
