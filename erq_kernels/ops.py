@@ -192,7 +192,9 @@ def quantize(
     """Codes of a float tensor; see `reference.quantize`.
 
     Args:
-        x: float [..., C]. inv_scale: fp32 [] or [C]. zero_point: int32, same shape. bits: 2..8.
+        x: float [..., C]; what is NaN gets some code, since codes have none (the deployed modules
+            mark their results). inv_scale: fp32 [] or [C]. zero_point: int32, same shape.
+        bits: 2..8.
 
     Returns:
         int8 [..., C], or uint8 [..., C / 2] if out_packed (`formats.pack_nibbles`).
@@ -508,7 +510,8 @@ def qattention(
     """Attention on codes; see `reference.qattention`.
 
     Args:
-        q, k, v: int8 codes [B, H, T, D]. zero points: int32 []. scales: fp32 []; without
+        q, k, v: int8 codes [B, H, T, D]. zero points: int32 [], below 2**12 in magnitude, so that
+            sums stay inside int32; values are not looked at. scales: fp32 []; without
             p_inv_scale the probabilities stay float. bias: float, broadcastable to [n, H, T, T]
             where n divides B: entry i of the batch gets bias[i % n].
 

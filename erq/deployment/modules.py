@@ -36,6 +36,8 @@ LAYOUTS = ("int8", "packed")
 
 # fp32 adds a zero point of smaller magnitude to a rounded value without rounding again.
 _ZERO_POINT_LIMIT = 1 << 24
+# Sums of attention's products stay inside int32 up to 4,096 tokens and heads of 113 channels.
+_ATTENTION_ZERO_POINT_LIMIT = 1 << 12
 
 _NO_OPERANDS = (
     "no integer operands: a layer with float activations (a_bits=16) has none, an empty one gets "
@@ -66,10 +68,12 @@ def _check_scale(name: str, scale: Tensor | None) -> None:
         raise ValueError(f"{name} must be finite and > 0, and so must its reciprocal, got {bad}")
 
 
-def _check_zero_point(name: str, zero_point: Tensor | None) -> None:
-    if zero_point is not None and bool((zero_point.long().abs() >= _ZERO_POINT_LIMIT).any()):
+def _check_zero_point(name: str, zero_point: Tensor | None, limit: int = _ZERO_POINT_LIMIT) -> None:
+    if zero_point is not None and bool((zero_point.long().abs() >= limit).any()):
         worst = int(zero_point.long().abs().max())
-        raise ValueError(f"{name} must be below 2**24 in magnitude, got one of {worst:,}")
+        raise ValueError(
+            f"{name} must be below 2**{limit.bit_length() - 1} in magnitude, got one of {worst:,}"
+        )
 
 
 def not_finite(x: Tensor, dim: int | list[int]) -> Tensor:
@@ -599,8 +603,10 @@ class _Operands(_Deployed):
             ValueError: a value that no quantizer has; the text starts with the buffer's name.
         """
         for name, value in self.named_buffers(recurse=False):
-            check = _check_scale if name.endswith("scale") else _check_zero_point
-            check(name, value)
+            if name.endswith("scale"):
+                _check_scale(name, value)
+            else:
+                _check_zero_point(name, value, _ATTENTION_ZERO_POINT_LIMIT)
 
 
 class QuantScores(_Operands):

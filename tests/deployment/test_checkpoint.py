@@ -560,10 +560,10 @@ BAD_VALUES: list[tuple[str, int, float, str]] = [
     (f"{FC2}.x_zero_point", 0, -(2**31), "must be below 2**24"),
     ("blocks.0.attn.qk.q_scale", 0, 0.0, "must be finite and > 0"),
     ("blocks.0.attn.qk.k_scale", 0, -1.0, "must be finite and > 0"),
-    ("blocks.0.attn.qk.k_zero_point", 0, 2**24, "must be below 2**24"),
+    ("blocks.0.attn.qk.k_zero_point", 0, 2**12, "must be below 2**12"),
     ("blocks.0.attn.av.p_scale", 0, 0.0, "must be finite and > 0"),
     ("blocks.0.attn.av.v_scale", 0, -2.0, "must be finite and > 0"),
-    ("blocks.0.attn.av.v_zero_point", 0, -(2**24), "must be below 2**24"),
+    ("blocks.0.attn.av.v_zero_point", 0, -(2**12), "must be below 2**12"),
 ]
 
 

@@ -108,7 +108,7 @@ def _change(rng: random.Random, root: Any, owner: Any, key: Any) -> None:
     elif kind == 3:
         keys = list(owner) if isinstance(owner, dict) else range(len(owner))
         owner[key] = copy.deepcopy(owner[rng.choice(keys)])
-    elif kind == 4 and type(old) in (int, float):
+    elif kind == 4 and type(old) in (int, float) and abs(old) < 1e300:
         owner[key] = rng.choice((old + 1, old - 1, -old, old * 2, float(old), str(old)))
     elif kind == 5:
         owner[key] = rng.choice(([old], {"a": old}, [old, old]))
