@@ -118,7 +118,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file of weights")
     if path.suffix != ".safetensors":
         raise ValueError(

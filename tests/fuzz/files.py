@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import io
 import json
+import math
 import random
 import shutil
 import struct
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,25 +196,32 @@ class CheckpointHeaders(Target):
         if net is None:
             attempt(lambda: erq.inspect(file), erq.CheckpointError, start=f"{file}: ")
             return refused
-        _describe(file)
+        channels, height, width = image_shape(net) or (3, 8, 8)
+        shape = (1, channels, height or 16, width or 16)
+        x = torch.linspace(-2, 2, math.prod(shape)).reshape(shape)
+        y = net(x)
+        require(y.shape[0] == 1 and y.dim() == 2, f"logits of shape {list(y.shape)}")
         recipe, no_recipe = attempt(lambda: preprocessing(net), ValueError)
         if recipe is not None:
             attempt(recipe.transform, ValueError)
         class_names(net)
-        erq.summary(net)
-        channels, height, width = image_shape(net) or (3, 8, 8)
-        x = torch.linspace(-2, 2, channels * (height or 16) * (width or 16))
-        y = net(x.reshape(1, channels, height or 16, width or 16))
-        require(y.shape[0] == 1 and y.dim() == 2, f"logits of shape {list(y.shape)}")
+        # What takes longer is done for a part of the cases, decided by their bytes.
+        if zlib.crc32(case) % 4 == 0:
+            _describe(file)
+            erq.summary(net)
+            self._round_trip(net, file, x, y)
+        return f"accepted {no_recipe}"
+
+    def _round_trip(self, net: Any, file: Path, x: Tensor, y: Tensor) -> None:
         again = folder() / "again.safetensors"
-        erq.save(net, again)
+        with unfilled():
+            erq.save(net, again)
+            twice = erq.load(again, backend="reference")(x)
         saved, given = checkpoint._read(again)[0], checkpoint._read(file)[0]
         for key in ("family", "architecture", "arch_kwargs", "pretrained_cfg", "calibration"):
             same = json.dumps(saved[key]) == json.dumps(given[key])
             require(same, f"{key} changed by loading and saving")
-        twice = erq.load(again, backend="reference")(x.reshape(1, channels, height or 16, -1))
         require(torch.equal(twice.nan_to_num(), y.nan_to_num()), "other logits after saving")
-        return f"accepted {no_recipe}"
 
 
 def _change_tensor(rng: random.Random, tensors: dict[str, Tensor]) -> None:
