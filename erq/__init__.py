@@ -16,9 +16,6 @@ from erq._version import __version__
 if TYPE_CHECKING:  # `as` makes the names part of the typed surface
     from erq.config import QuantConfig as QuantConfig
     from erq.deployment.checkpoint import CheckpointError as CheckpointError
-    from erq.deployment.checkpoint import inspect as inspect
-    from erq.deployment.checkpoint import load as load
-    from erq.deployment.checkpoint import save as save
     from erq.deployment.convert import deploy as deploy
     from erq.deployment.modules import QuantLinear as QuantLinear
     from erq.deployment.network import summary as summary
@@ -26,7 +23,11 @@ if TYPE_CHECKING:  # `as` makes the names part of the typed surface
     from erq.evaluation import Evaluation as Evaluation
     from erq.evaluation import evaluate as evaluate
     from erq.evaluation import site_sqnr as site_sqnr
+    from erq.export import export_onnx as export_onnx
     from erq.graphs import CudaGraphs as CudaGraphs
+    from erq.hub import inspect as inspect
+    from erq.hub import load as load
+    from erq.hub import save as save
     from erq.models import UnsupportedModelError as UnsupportedModelError
     from erq.pipeline import quantize as quantize
     from erq.timing import Timing as Timing
@@ -46,10 +47,11 @@ _PUBLIC = {
     "benchmark": "erq.timing",
     "deploy": "erq.deployment.convert",
     "evaluate": "erq.evaluation",
-    "inspect": "erq.deployment.checkpoint",
-    "load": "erq.deployment.checkpoint",
+    "export_onnx": "erq.export",
+    "inspect": "erq.hub",
+    "load": "erq.hub",
     "quantize": "erq.pipeline",
-    "save": "erq.deployment.checkpoint",
+    "save": "erq.hub",
     "site_sqnr": "erq.evaluation",
     "summary": "erq.deployment.network",
     "swap_linears": "erq.deployment.network",

@@ -1,5 +1,5 @@
-"""The command line: `erq demo | quantize | eval | report | bench | inspect | predict | models |
-info`.
+"""The command line: `erq demo | quantize | eval | report | bench | inspect | export | predict |
+models | info`.
 
 Exit codes: 0 success, 2 bad usage, 1 failure, 130 interrupted. What goes wrong is one line on
 stderr; `--debug` adds the traceback. What imports torch is imported by the commands that need it.
@@ -38,6 +38,7 @@ from erq.options import (
     as_timm_options,
     check_backend_name,
     check_folder,
+    check_out,
     quantize_command,
 )
 
@@ -169,7 +170,7 @@ def _erq(
     """Post-training quantization of Vision Transformers: few bits, few images, one packed file.
 
     MODEL is a timm name, torchvision:NAME, or demo, the small model that is shipped. FILE is what
-    erq quantize wrote.
+    erq quantize wrote, file or folder.
     """
     if _is_rank() and ctx.invoked_subcommand not in SHARED:
         raise typer.BadParameter(
@@ -204,7 +205,16 @@ def quantize(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="timm name, or demo.")],
     images: Source,
-    out: Annotated[Path, typer.Option(help="The packed .safetensors file to write.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE|FOLDER/",
+            help="The packed .safetensors file to write; a "
+            "name with / at its end, or an existing folder: with config.json and a model card.",
+        ),
+    ],
     bits: Annotated[str, typer.Option(help="w3a4, w4a4, w4a8, w6a6, w8a8, w4a16 …")] = "w4a4",
     weights: Weights = None,
     random_weights: RandomWeights = False,
@@ -225,6 +235,10 @@ def quantize(
     method: Annotated[str | None, typer.Option(help="erq, repq, gptq or rtn.")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="ERQ's settings as published.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of the drawing of images; default 0.")] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(help="Of the weights, for the card, as apache-2.0; default: what timm says."),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -244,16 +258,17 @@ def quantize(
     options = as_timm_options([model], weights, random_weights, model_arg)
     check_backend_name(backend)
     where = as_device(device)
-    check_folder(out)
+    check_out(out, license)
+    target = Path(out)
     ranks = _join(ctx, where)
-    from erq import pipeline
+    from erq import hub, pipeline
     from erq.data import Selection, open_images
-    from erq.deployment import checkpoint
     from erq.deployment.convert import deploy
     from erq.inputs import preprocessing
     from erq.loading import load_model
+    from erq.messages import megabytes
     from erq.record import remove_record
-    from erq.report import Output, bits_table, megabytes
+    from erq.report import Output, bits_table
 
     output = Output(json, quiet)
     source = open_images(images)
@@ -261,7 +276,7 @@ def quantize(
     if hasattr(full, "erq_info"):
         raise ValueError(f"{model} is quantized already; name the full-precision model")
     chosen = Selection(source, preprocessing(full), source.draw(n, settings.seed))
-    state = out.with_name(f"{out.name}.resume") if resume else None
+    state = target.with_name(f"{target.name}.resume") if resume else None
     sim: Any = pipeline.quantize(
         full, chosen, settings, target_bits=target_bits, progress=not quiet and ranks.first,
         ranks=ranks, resume=state,
@@ -275,21 +290,22 @@ def quantize(
     )  # fmt: skip
     origin = net.erq_info.calibration | {"command": command}
     net.erq_info = replace(net.erq_info, calibration=origin)
-    checkpoint.save(net, out)
+    hub.save(net, out, license=license)
     if state is not None:
         remove_record(state)
 
-    header, size = checkpoint.inspect(out), out.stat().st_size
+    header = hub.inspect(target)
+    size = header["size_bytes"]
     fp32 = 4 * sum(t.numel() for t in full.state_dict().values())
     result = {
-        "file": out, "size_bytes": size, "fp32_bytes": fp32, "fp16_bytes": fp32 // 2,
+        "file": target, "size_bytes": size, "fp32_bytes": fp32, "fp16_bytes": fp32 // 2,
         "architecture": header["architecture"], "config": header["config"],
         "calibration": header["calibration"], "sites": len(header["sites"]),
         "bits": [s.to_dict() for s in sim.erq_bits], "seconds": time.perf_counter() - start,
     }  # fmt: skip
     width = f"{settings.w_bits}" if target_bits is None else f"{target_bits:g} on average, "
     said = (
-        f"{out}: {megabytes(size)}, {fp32 / size:.1f}× smaller than fp32 · W{width}"
+        f"{target}: {megabytes(size)}, {fp32 / size:.1f}× smaller than fp32 · W{width}"
         f"A{settings.a_bits} {settings.method} · {len(header['sites'])} sites · "
         f"{header['calibration']['n']} images · {result['seconds']:.1f} s"
     )
@@ -323,6 +339,9 @@ def evaluate(
             help="SQNR of every layer against the reference; by default without labels.",
         ),
     ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write what is found into the model card of a FOLDER.")
+    ] = False,
     weights: Weights = None,
     random_weights: RandomWeights = False,
     model_arg: ModelArgs = None,
@@ -343,6 +362,7 @@ def evaluate(
     ranks = _join(ctx, where)
     from erq import evaluation
     from erq.data import Selection, open_images
+    from erq.hub import add_evaluation
     from erq.inputs import preprocessing
     from erq.loading import load_model
     from erq.report import Output, evaluation_table, site_table
@@ -364,6 +384,8 @@ def evaluate(
     found = evaluation.evaluate(net, shown, reference=other, ranks=ranks)
     if not ranks.first:
         return
+    if card:
+        add_evaluation(Path(model), found)
     quality: dict[str, float] = {}
     wanted = source.labels is None if sites is None else sites
     if wanted and other is not None and hasattr(net, "erq_info"):
@@ -425,10 +447,11 @@ def report(
     from erq.data import Selection, open_images
     from erq.evaluation import evaluate as measure
     from erq.evaluation import site_sqnr
+    from erq.hub import describe_checkpoint
     from erq.inputs import preprocessing
     from erq.loading import full_precision_twin, load_model
     from erq.page import sections, write_page
-    from erq.report import Output, describe_checkpoint
+    from erq.report import Output
     from erq.timing import benchmark
 
     header = describe_checkpoint(file)
@@ -530,10 +553,40 @@ def inspect(
 ) -> None:
     """What a packed file holds: settings, every site, and its error after each step."""
     as_device(device)
-    from erq.report import Output, checkpoint_tables, describe_checkpoint
+    from erq.hub import describe_checkpoint
+    from erq.report import Output, checkpoint_tables
 
     header = describe_checkpoint(file)
     Output(json, quiet).result(header, *checkpoint_tables(file, header))
+
+
+@app.command()
+def export(
+    file: Annotated[str, typer.Argument(metavar="FILE")],
+    onnx: Annotated[Path, typer.Option(metavar="OUT", help="The .onnx file to write.")],
+    codes: Annotated[
+        str, typer.Option("--codes", help="int4: codes of at most 4 bits as uint4; int8: all.")
+    ] = "int4",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a packed file as ONNX, for runtimes outside PyTorch; needs erq[export]."""
+    if codes not in ("int4", "int8"):
+        raise typer.BadParameter(f"{codes!r} is neither int4 nor int8", param_hint="--codes")
+    check_folder(onnx)
+    from erq.export import export_onnx
+    from erq.loading import load_model
+    from erq.messages import megabytes
+    from erq.report import Output
+
+    net = load_model(file, None, None, "reference")
+    if not hasattr(net, "erq_info"):
+        raise ValueError(f"{file} is not quantized; name what erq quantize wrote")
+    export_onnx(net, onnx, codes)
+    size = onnx.stat().st_size
+    said = f"{onnx}: {megabytes(size)}, input images [batch, C, H, W], output logits"
+    Output(json, quiet).result({"file": onnx, "size_bytes": size}, *([] if quiet else [said]))
 
 
 @app.command()

@@ -25,9 +25,10 @@ from erq.deployment.convert import deploy
 from erq.evaluation import Evaluation, evaluate
 from erq.inputs import preprocessing
 from erq.loading import load_model
+from erq.messages import megabytes
 from erq.pipeline import quantize
 from erq.progress import Progress
-from erq.report import make_table, megabytes, number
+from erq.report import make_table, number
 from erq.timing import Timing, benchmark
 
 N_CALIBRATION = 32

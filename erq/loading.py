@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from erq.data import DEMO_FOLDER
-from erq.deployment.checkpoint import load
+from erq.hub import WEIGHTS, load
 from erq.models import adapter_named
 
 DEMO_METADATA = "erq_demo"
@@ -49,8 +49,10 @@ class TimmOptions:
 
 def is_timm_name(name: str) -> bool:
     """Whether `name` means one of timm's or torchvision's models, no file or shipped model."""
-    is_file = name.endswith(".safetensors") or (":" not in name and os.path.isfile(name))
-    return not is_file and name != "demo"
+    if name == "demo" or name.endswith((".safetensors", os.sep)):
+        return False
+    # os.path, which takes names that no file can have.
+    return ":" in name or not (os.path.isfile(name) or os.path.isfile(os.path.join(name, WEIGHTS)))
 
 
 def load_model(
@@ -62,8 +64,8 @@ def load_model(
     """The model `name` in evaluation mode on `device`.
 
     Args:
-        name: a checkpoint of erq, a timm name, `torchvision:` and a name, `demo`, or a file as the
-            demo's.
+        name: a checkpoint of erq, file or folder, a timm name, `torchvision:` and a name, `demo`,
+            or a file as the demo's.
         options: for a timm name only.
         backend: for a checkpoint only.
 

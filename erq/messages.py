@@ -1,4 +1,4 @@
-"""How messages repeat values, which may come from a hostile file."""
+"""How messages show values, which may come from a hostile file."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # an int of thousands of digits; a list in lists in …
         return f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def megabytes(size: int) -> str:
+    """A size in bytes for people."""
+    return f"{size / 1e6:.2f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"

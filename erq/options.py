@@ -102,6 +102,15 @@ def check_backend_name(name: str) -> None:
         raise typer.BadParameter(str(error), param_hint="--backend") from error
 
 
+def check_out(out: str, license: str | None) -> None:
+    """Raise before minutes of work if the file or folder cannot be written there."""
+    from erq.hub import check_target, names_folder
+
+    check_target(out, license=license)
+    if not names_folder(out):
+        check_folder(Path(out))
+
+
 def check_folder(out: Path) -> None:
     """Raise before minutes of work if the file cannot be written there."""
     if not os.path.isdir(out.parent):

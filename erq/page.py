@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from erq.evaluation import Evaluation
-from erq.report import megabytes, number
+from erq.messages import megabytes
+from erq.report import number
 from erq.timing import Timing
 
 _STYLE = """

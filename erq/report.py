@@ -20,6 +20,7 @@ from rich.text import Text
 
 from erq.deployment.checkpoint import write_atomically
 from erq.evaluation import Evaluation
+from erq.messages import megabytes
 from erq.options import check_folder
 from erq.reduce.allocation import SiteBits, average_bits
 from erq.timing import Timing
@@ -105,11 +106,6 @@ def bits_table(sites: Sequence[SiteBits]) -> Table:
         "million bits by the last step taken, next: by the first one not taken"
     )
     return make_table(title, columns, rows)
-
-
-def megabytes(size: int) -> str:
-    """A size in bytes for people."""
-    return f"{size / 1e6:.2f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -235,23 +231,3 @@ def checkpoint_tables(path: Path, header: Mapping[str, Any]) -> tuple[str, Table
         "quantizing activations, after Aqer, with weights rounded to nearest, as kept"
     )
     return "\n".join(lines), make_table(title, columns, cells, left=3)
-
-
-def describe_checkpoint(path: Path) -> dict[str, Any]:
-    """Header of a checkpoint after `erq.inspect`'s checks, with the stored bytes of every site.
-
-    Raises:
-        CheckpointError: the file and what is wrong with it.
-    """
-    from erq.deployment.checkpoint import inspect
-
-    header = inspect(path)
-    with path.open("rb") as file:
-        tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    for name, site in header["sites"].items():
-        site["bytes"] = sum(
-            entry["data_offsets"][1] - entry["data_offsets"][0]
-            for key, entry in tensors.items()
-            if key.startswith(f"{name}.")
-        )
-    return header

@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         {
             *("__init__", "__main__", "cli", "options", "report", "demonstration", "loading"),
             *("page", "evaluation", "engines", "graphs", "timing", "inputs", "system", "pipeline"),
-            "record",
+            *("record", "hub", "card", "export"),
         }
     ),
     frozenset({"deployment", "reduce"}),

@@ -62,7 +62,7 @@ def window_layout(size: Pair, window: Pair, shift: Pair) -> WindowLayout:
         of_window = cut(region)
         apart = of_window[:, None, :] != of_window[:, :, None]
         mask = torch.where(apart, MASKED, 0.0)
-    return WindowLayout(tokens, places[:-1], mask, h * w < rows * columns)
+    return WindowLayout(tokens, places[:-1].clone(), mask, h * w < rows * columns)
 
 
 def _bands(window: int, shift: int) -> tuple[slice, slice, slice]:
@@ -154,7 +154,8 @@ class Windows(nn.Module):
         h, w = size
         layout = self.layout(size)
         flat = x.reshape(-1, len(layout.tokens), x.shape[-1])
-        return flat.index_select(1, layout.places).reshape(len(flat), h, w, x.shape[-1])
+        # shape[0], not len, which torch.export takes for a constant.
+        return flat.index_select(1, layout.places).reshape(flat.shape[0], h, w, x.shape[-1])
 
     def bias_at(self, size: Pair) -> Tensor:
         """float [1 or n, heads, T, T]: what is added to the scores of a map of `size`."""
@@ -183,5 +184,5 @@ def _refresh(windows: nn.Module, _: Any) -> None:
 
 def add_bias(scores: Tensor, bias: Tensor) -> Tensor:
     """scores [B·n, heads, T, T] + bias [n, heads, T, T], window by window."""
-    images = len(scores) // len(bias)
+    images = scores.shape[0] // bias.shape[0]
     return (scores.reshape(images, *bias.shape) + bias).reshape(scores.shape)

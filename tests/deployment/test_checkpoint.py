@@ -279,8 +279,6 @@ def test_save_names_the_folder_that_is_missing(saved: Saved, tmp_path: Path) -> 
     missing = tmp_path / "no" / "such" / "net.safetensors"
     with pytest.raises(CheckpointError, match=r"the folder .*no/such does not exist; create it"):
         erq.save(saved.net, missing)
-    with pytest.raises(CheckpointError, match="is a folder or a device; name a file"):
-        erq.save(saved.net, tmp_path)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(CheckpointError, match="file does not exist; create it"):
         erq.save(saved.net, tmp_path / "file" / "net")
@@ -367,7 +365,10 @@ def test_save_replaces_and_gives_usual_permissions(saved: Saved, tmp_path: Path)
 
 
 def test_load_names_a_file_that_is_not_there(saved: Saved, tmp_path: Path) -> None:
-    for path, text in ((tmp_path / "none", "no such file"), (tmp_path, "is a folder; name a file")):
+    for path, text in (
+        (tmp_path / "none", "no such file"),
+        (tmp_path, "a folder without model.safeten"),
+    ):
         for read in (erq.load, erq.inspect):
             with pytest.raises(CheckpointError, match=text) as caught:
                 read(path)
