@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from cases import REAL, RESULTS, ROOT, ResultFile, Task, device_name, real_task
-from torch import Tensor
+from torch import Tensor, nn
 
 from erq.config import QuantConfig
 from erq.data import Preprocessing, synthetic_images
@@ -86,7 +86,7 @@ TARGETS = ("w3.5a4", "w4.5a4")
 
 
 @torch.inference_mode()
-def logits(model: torch.nn.Module, images: Tensor) -> Tensor:
+def logits(model: nn.Module, images: Tensor) -> Tensor:
     """Outputs [N, classes] in batches of 64."""
     return torch.cat([model(x) for x in images.split(64)])
 
@@ -101,8 +101,40 @@ def calibration_images(task: Task, setting: Setting, draw: int) -> Tensor:
     return synthetic_images(recipe, [draw * setting.images + i for i in range(setting.images)])
 
 
-def run(task: Task, name: str, bits: str, draw: int, full: Tensor) -> dict[str, object]:
+def measure(
+    task: Task, images: Tensor, config: QuantConfig, full: Tensor, target: float | None = None
+) -> tuple[dict[str, Any], nn.Module]:
     """One quantization and its evaluation.
+
+    Args:
+        images: to calibrate on. full: full-precision logits of the test images.
+        target: average bits of a weight, chosen layer by layer.
+
+    Returns:
+        Figures of a row, and the simulated network.
+    """
+    start = time.perf_counter()
+    sim = quantize(task.model, images, config, target_bits=target)
+    seconds = time.perf_counter() - start
+    out = logits(sim, task.test)
+    right = (out.argmax(1) == task.labels).float().mean()
+    kl = nn.functional.kl_div(
+        out.log_softmax(1), full.log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    row: dict[str, Any] = {
+        "task": task.name,
+        "images": len(images),
+        "top1": round(100 * float(right), 2),
+        "agreement": round(100 * float((out.argmax(1) == full.argmax(1)).float().mean()), 2),
+        "kl": float(kl),
+        "logit_error": float((out - full).square().sum() / full.square().sum()),
+        "calibration_s": round(seconds, 1),
+    }
+    return row, sim
+
+
+def run(task: Task, name: str, bits: str, draw: int, full: Tensor) -> dict[str, Any]:
+    """A row of one setting.
 
     Args:
         bits: as w4a4; as w3.5a4 for an average of 3.5, chosen layer by layer from a first run at
@@ -112,30 +144,12 @@ def run(task: Task, name: str, bits: str, draw: int, full: Tensor) -> dict[str, 
     width, activations = re.fullmatch(r"w([\d.]+)(a\d+)", bits).groups()  # type: ignore[union-attr]
     target = None if width.isdigit() else float(width)
     config = setting.make(f"w{int(float(width) + 0.5)}{activations}")
-    start = time.perf_counter()
-    sim: Any = quantize(
-        task.model, calibration_images(task, setting, draw), config, target_bits=target
-    )
-    seconds = time.perf_counter() - start
-    out = logits(sim, task.test)
-    right = (out.argmax(1) == task.labels).float().mean()
-    kl = torch.nn.functional.kl_div(
-        out.log_softmax(1), full.log_softmax(1), log_target=True, reduction="batchmean"
-    )
-    row: dict[str, object] = {
-        "task": task.name,
-        "method": name,
-        "bits": bits,
-        "images": setting.images,
-        "draw": draw,
-        "top1": round(100 * float(right), 2),
-        "agreement": round(100 * float((out.argmax(1) == full.argmax(1)).float().mean()), 2),
-        "kl": float(kl),
-        "logit_error": float((out - full).square().sum() / full.square().sum()),
-        "calibration_s": round(seconds, 1),
-    }
+    images = calibration_images(task, setting, draw)
+    row, sim = measure(task, images, config, full, target)
+    row |= {"method": name, "bits": bits, "draw": draw}
     if target is not None:
-        row["widths"] = {s.name: s.w_bits for s in sim.erq_bits}
+        chosen: Any = sim.erq_bits
+        row["widths"] = {s.name: s.w_bits for s in chosen}
     return row
 
 

@@ -19,6 +19,10 @@ import triton
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from erq.data import DEMO_FOLDER, open_images
+from erq.inputs import preprocessing
+from erq.loading import load_model
+
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "real"
 RESULTS = ROOT / "bench" / "results"
@@ -30,7 +34,7 @@ class Task:
 
     Args:
         name: what tables call it. model: fp32, eval.
-        calib: float [N, 3, H, W], normalised images to calibrate on. test, labels: to measure on.
+        calib: float [N, C, H, W], normalised images to calibrate on. test, labels: to measure on.
         mean, std: of the normalisation, per channel.
     """
 
@@ -77,6 +81,22 @@ def real_task(folder: Path = REAL) -> Task:
         labels,
         mean,
         std,
+    )
+
+
+def demo_task() -> Task:
+    """The network that `erq demo` quantizes, with its images."""
+    model = load_model(str(DEMO_FOLDER / "vit_digits.safetensors"))
+    recipe = preprocessing(model)
+
+    def images(array: str) -> tuple[Tensor, Tensor]:
+        pairs: Any = open_images(f"{DEMO_FOLDER / 'digits.npz'}:{array}").batches(recipe)
+        x, labels = zip(*pairs, strict=True)
+        return torch.cat(x), torch.cat(labels)
+
+    test, labels = images("images")
+    return Task(
+        "demo: ViT, digits", model, images("calib_images")[0], test, labels, recipe.mean, recipe.std
     )
 
 
