@@ -226,9 +226,9 @@ class Paired:
 
     @classmethod
     def of(cls, rows: list[dict[str, Any]], setting: str) -> Paired | None:
-        """From the rows of one network, width and number of test images; None without a pair."""
-        base = {r["draw"]: r for r in rows if r["setting"] == "default"}
-        mine = {r["draw"]: r for r in rows if r["setting"] == setting}
+        """From the rows of one network and width; None without a pair of draw and test images."""
+        base = {(r["draw"], r["tested"]): r for r in rows if r["setting"] == "default"}
+        mine = {(r["draw"], r["tested"]): r for r in rows if r["setting"] == setting}
         both = sorted(base.keys() & mine.keys())
         if not both:
             return None
@@ -289,9 +289,7 @@ def loss_tables(rows: list[dict[str, Any]], parts: dict[str, dict[str, str]]) ->
         for b in BITS
         if any((r["network"], r["bits"]) == (n, b) for r in rows)
     ]
-    names = list(
-        dict.fromkeys(p for n in parts for p in [*KINDS, *parts[n]] if p in parts[n] or p in KINDS)
-    )
+    names = dict.fromkeys(name for n in parts for name in (*KINDS, *parts[n]))
     body = []
     for name in names:
         line = []
@@ -316,6 +314,7 @@ def main() -> None:
     )
     parser.add_argument("--settings", help="separated by semicolons; default: all known ones")
     parser.add_argument("--bits", help="of the widths; default: all, for losses w4a4 and w3a4")
+    parser.add_argument("--kinds", action="store_true", help="of losses leave out the blocks")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--tested", type=int, help="test images, the first ones; default: all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="then begin no further run")
@@ -334,7 +333,8 @@ def main() -> None:
         sites = site_names(task.model)
         settings = [s.strip() for s in args.settings.split(";")] if args.settings else SETTINGS
         if args.suite == "loss":
-            settings = ["default", *loss_parts(sites).values()]
+            parts = loss_parts(sites)
+            settings = ["default", *(s for p, s in parts.items() if p in KINDS or not args.kinds)]
         settings = [s for s in settings if Change.parse(s).applies(sites)]
         for draw, bits, setting in product(range(args.draws), widths, settings):
             cell = Cell(network, setting, bits, draw, tested)

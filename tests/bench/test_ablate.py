@@ -81,12 +81,13 @@ def test_one_operand_of_attention_is_switched_off(
 
 def test_differences_are_paired_by_draw(ablate: Any) -> None:
     def row(setting: str, draw: int, top1: float, kl: float) -> dict[str, Any]:
-        return {"setting": setting, "draw": draw, "top1": top1, "kl": kl}
+        return {"setting": setting, "draw": draw, "tested": 9, "top1": top1, "kl": kl}
 
     rows = [row("default", d, 90 + d, 0.1 * (d + 1)) for d in range(3)]
     rows += [row("refine=off", d, 89 + d, 0.2 * (d + 1)) for d in (0, 2)]
+    rows.append(row("refine=off", 1, 50, 9.0) | {"tested": 5})
     pair = ablate.Paired.of(rows, "refine=off")
-    # Draw 1 has no partner; what the draws share leaves no spread in the differences.
+    # Draw 1 has no partner on the same images; what draws share leaves no spread in differences.
     assert pair.draws == 2
     assert pair.top1 == (90, pytest.approx(math.sqrt(2)))
     assert pair.top1_change == (-1, 0)
