@@ -293,7 +293,7 @@ def qlinear(
     act: str = "none",
     layer_scale: Tensor | None = None,
     residual: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
@@ -307,7 +307,8 @@ def qlinear(
         x: int8 codes [M, K], columns in GEMM order. weight: int8 [N, K]. Or both packed, uint8
             [M, K / 2] and [N, K / 2] (`formats.pack_nibbles`, `formats.pack_weight`).
         scale, scale2, bias, layer_scale: fp32 [N]. split: length of the first K segment.
-        residual: float [M, N]. out_dtype: float16, bfloat16 or float32.
+        residual: float [M, N]. out_dtype: float16, bfloat16 or float32; None: float32. (A default
+            dtype in the schema is a number to AOTInductor, which then cannot load its package.)
         out_inv_scale, out_zero_point, out_bits: quantizer of the result, [] or [N].
         weight_offset: int32 [segments, N], packed operands only. out_packed: codes of at most 4
             bits leave packed.
@@ -348,6 +349,7 @@ def qlinear(
         raise ValueError(
             f"split must lie inside 1..{k - 1} with scale2 and be {k} without, got {split}"
         )
+    out_dtype = torch.float32 if out_dtype is None else out_dtype
     _check_epilogue(act, residual, out_dtype, x.shape[0], n)
     _check_output_quantizer(out_inv_scale, out_zero_point, out_bits, n, "qlinear")
     _check_packed_output(out_packed, out_inv_scale, out_bits, n)
@@ -372,7 +374,7 @@ def _(
     act: str = "none",
     layer_scale: Tensor | None = None,
     residual: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
@@ -383,7 +385,7 @@ def _(
     shape = (x.shape[0], weight.shape[0])
     if out_inv_scale is not None:
         return _empty_codes(x, shape, out_packed)
-    return torch.empty(shape, dtype=out_dtype, device=x.device)
+    return torch.empty(shape, dtype=out_dtype or torch.float32, device=x.device)
 
 
 @_Op
@@ -401,7 +403,7 @@ def qlinear_packed(
     act: str = "none",
     layer_scale: Tensor | None = None,
     residual: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
@@ -448,6 +450,7 @@ def qlinear_packed(
     _check_vector("w_zero_point2", w_zero_point2, n, torch.int32)
     dual = [outliers > 0, scale2 is not None, w_zero_point2 is not None]
     _require(all(dual) or not any(dual), "outliers, scale2 and w_zero_point2 come together")
+    out_dtype = torch.float32 if out_dtype is None else out_dtype
     _check_epilogue(act, residual, out_dtype, x.shape[0], n)
     _check_output_quantizer(out_inv_scale, out_zero_point, out_bits, n, "qlinear_packed")
     _check_device(
@@ -476,13 +479,13 @@ def _(
     act: str = "none",
     layer_scale: Tensor | None = None,
     residual: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
     out_inv_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    dtype = out_dtype if out_inv_scale is None else torch.int8
+    dtype = (out_dtype or torch.float32) if out_inv_scale is None else torch.int8
     return torch.empty((x.shape[0], packed.shape[0]), dtype=dtype, device=x.device)
 
 

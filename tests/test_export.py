@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +61,46 @@ def test_torch_export_keeps_every_bit(
         assert torch.equal(again(x), net(x))
 
 
+RUN_PACKAGE = """
+import sys, torch
+package, images, imports = sys.argv[1:]
+if imports == "yes":
+    import erq_kernels
+try:
+    net = torch._inductor.aoti_load_package(package)
+    torch.save(net(torch.load(images)), images + ".out")
+except Exception as error:
+    print(error)
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="AOTInductor needs a C++ compiler")
+@torch.no_grad()
+def test_aot_inductor_keeps_every_bit_and_needs_erq_kernels(
+    tiny_vit: Build, tmp_path: Path
+) -> None:
+    model = tiny_vit(depth=1)
+    net = deployed(model, {"method": "rtn"}, "auto")
+    program = torch.export.export(net, (images_for(model, 2),), dynamic_shapes=BATCH)
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "net.pt2")
+    )
+    x = images_for(model, 3)
+    torch.save(x, tmp_path / "x")
+    for imports, code in (("yes", 0), ("no", 3)):
+        done = subprocess.run(
+            [sys.executable, "-c", RUN_PACKAGE, package, str(tmp_path / "x"), imports],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        if code:
+            assert "Could not find schema for erq::" in done.stdout, done.stdout
+        else:
+            assert torch.equal(torch.load(tmp_path / "x.out"), net(x))
+
+
 # ONNX
 
 
@@ -81,30 +124,30 @@ def check_agrees(net: Any, file: Path, x: Tensor) -> None:
 
 
 @needs_onnx
-@pytest.mark.parametrize("weights", ["int4", "int8"])
 @pytest.mark.parametrize(
-    ("build", "config"),
+    ("build", "codes", "config"),
     [
-        ("tiny_vit", {}),
-        ("tiny_vit", {"w_bits": 3, "a_bits": 8, "image_bits": 8}),
-        ("tiny_vit", {"w_bits": 4, "a_bits": 16, "method": "rtn"}),
-        ("tiny_vit", {"w_bits": 6, "a_bits": 6, "attention": "float", "keep_float": ["head"]}),
-        ("tiny_swin", {"w_bits": 4, "a_bits": 8}),
+        ("tiny_vit", "int4", {}),
+        ("tiny_vit", "int8", {}),
+        ("tiny_vit", "int4", {"w_bits": 3, "a_bits": 8, "image_bits": 8}),
+        ("tiny_vit", "int4", {"a_bits": 16, "method": "rtn"}),
+        ("tiny_vit", "int4", {"w_bits": 6, "attention": "float", "keep_float": ["head"]}),
+        ("tiny_swin", "int4", {"a_bits": 8}),
     ],
 )
 def test_onnx_runtime_agrees(
-    build: str, config: dict[str, Any], weights: str, request: pytest.FixtureRequest, tmp_path: Path
+    build: str, codes: str, config: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     import onnx
 
     model = request.getfixturevalue(build)()
     net, file = deployed(model, config), tmp_path / "net.onnx"
-    erq.export_onnx(net, file, weights)
+    erq.export_onnx(net, file, codes)
     graph = onnx.load(file)
     onnx.checker.check_model(graph, full_check=True)
     assert {o.domain for o in graph.opset_import} <= {"", "ai.onnx"}
     types = Counter(onnx.TensorProto.DataType.Name(t.data_type) for t in graph.graph.initializer)
-    assert (types["UINT4"] > 0) == (weights == "int4" and config.get("w_bits", 4) <= 4)
+    assert (types["UINT4"] > 0) == (codes == "int4" and config.get("w_bits", 4) <= 4)
     assert types["INT8"] + types["UINT4"] >= 5
     check_agrees(net, file, images_for(model, 16))
 
