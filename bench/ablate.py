@@ -245,8 +245,9 @@ def _mean(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _spread(value: tuple[float, float], form: str) -> str:
-    return f"{value[0]:{form}} ± {value[1]:{form.lstrip('+')}}"
+def _spread(value: tuple[float, float], form: str, draws: int) -> str:
+    """Mean and, of several draws, spread."""
+    return f"{value[0]:{form}}" + (f" ± {value[1]:{form.lstrip('+')}}" if draws > 1 else "")
 
 
 def setting_tables(rows: list[dict[str, Any]]) -> str:
@@ -270,9 +271,11 @@ def _cell(setting: str) -> Callable[[Paired | None], str]:
     def text(pair: Paired | None) -> str:
         if pair is None:
             return ""
+        n = pair.draws
         if setting == "default":
-            return f"{_spread(pair.top1, '.1f')} %, KL {_spread(pair.kl, '.3f')}"
-        return f"{_spread(pair.top1_change, '+.1f')}, KL {_spread(pair.kl_change, '+.0f')} %"
+            return f"{_spread(pair.top1, '.1f', n)} %, KL {_spread(pair.kl, '.3f', n)}"
+        change = _spread(pair.kl_change, "+.0f", n)
+        return f"{_spread(pair.top1_change, '+.1f', n)}, KL {change} %"
 
     return text
 
@@ -283,12 +286,8 @@ def loss_tables(rows: list[dict[str, Any]], parts: dict[str, dict[str, str]]) ->
     Args:
         parts: network → part → setting.
     """
-    columns = [
-        (n, b)
-        for n in parts
-        for b in BITS
-        if any((r["network"], r["bits"]) == (n, b) for r in rows)
-    ]
+    run = {(r["network"], r["bits"]) for r in rows if r["setting"] != "default"}
+    columns = [(n, b) for n in parts for b in BITS if (n, b) in run]
     names = dict.fromkeys(name for n in parts for name in (*KINDS, *parts[n]))
     body = []
     for name in names:

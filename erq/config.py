@@ -21,7 +21,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "refine": ("greedy", "official", "off"),
     "attention": ("quantized", "float"),
     "ridge_scale": ("relative", "sum"),
-    "ranges": ("fine", "official"),
+    "ranges": ("fine", "softmax", "official"),
 }
 _FLAGS = ("reparameterize", "rotate_heads", "aqer", "dual", "wqer", "reparameterize_merging")
 _SITE_FIELDS = ("w_bits", "a_bits", "dual", "aqer", "wqer", "refine", "ridge_act", "ridge_weight")
@@ -44,8 +44,8 @@ class QuantConfig:
         reparameterize, aqer, dual, wqer: each step of ERQ can be switched off.
         rotate_heads: `erq` only: center k and v of every attention head and rotate q, k and v, so
             that few bits hold them better; folded into weights (docs/math.md, "Heads").
-        ranges: percentiles that are tried for the range of an activation: `fine`, or `official`, as
-            published.
+        ranges: percentiles that are tried for the range of an activation: `fine`; `softmax`, which
+            chooses those of q and k by what the softmax loses; or `official`, as published.
         reparameterize_merging: also fold the norm of Swin's patch merging into its `reduction`, and
             give that dual scales; as published ERQ leaves that layer out.
         upstream: what feeds a site during calibration: `quantized`, the network as quantized so
@@ -75,7 +75,7 @@ class QuantConfig:
     dual: bool = True
     wqer: bool = True
     reparameterize_merging: bool = True
-    ranges: Literal["fine", "official"] = "fine"
+    ranges: Literal["fine", "softmax", "official"] = "fine"
     upstream: Literal["quantized", "float"] = "quantized"
     refine: Literal["greedy", "official", "off"] = "greedy"
     image_bits: int = FLOAT_BITS

@@ -15,7 +15,7 @@ from erq.config import FLOAT_BITS, QuantConfig
 from erq.models import Site
 from erq.models.attention import Attention
 from erq.quant import AffineParams, LogParams
-from erq.quant.fit import ACTIVATION_PERCENTILES, fit_channels, fit_softmax, fit_tensor
+from erq.quant.fit import ACTIVATION_PERCENTILES, fit_channels, fit_scores, fit_softmax, fit_tensor
 
 RANGE_IMAGES = 32
 """Images that ranges are fitted on, the first ones: as published, and it bounds memory."""
@@ -68,6 +68,9 @@ def gather(
 def _fit(site: Site, module: nn.Module, inputs: tuple[Tensor, ...], config: QuantConfig) -> Ranges:
     """Quantizers of what enters `module`, a simulated one that is quantized."""
     bits, percentiles = config.a_bits, ACTIVATION_PERCENTILES[config.ranges]
+    if isinstance(module, SimScores) and config.ranges == "softmax":
+        q, k = inputs
+        return fit_scores(q, k, bits, percentiles, module.temperature)
     if isinstance(module, SimScores):
         return tuple(fit_tensor(x, bits, percentiles) for x in inputs)
     if isinstance(module, SimValues):

@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from erq.quant.functional import fake_quantize
 from erq.quant.params import AffineParams, DualAffineParams, LogParams, check_bits
 
 ACTIVATION_PERCENTILES = {
     "fine": (0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 0.99999),
+    "softmax": (0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 0.99999),
     "official": (0.999, 0.9999, 0.99999),
 }
 """What `QuantConfig.ranges` names; four bits want to clip more than was published."""
@@ -25,6 +27,8 @@ WEIGHT_PERCENTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 
 _CONSTANT = 1e-4
 # Elements of one slice while errors are summed: its temporaries stay in a core's cache.
 _SLICE = 1 << 18
+# Scores at most that candidates for q and k are compared on.
+_SCORES = 1 << 20
 # A single row longer than this has its tails found among those that a sample says may be in them.
 _SAMPLED = 1 << 17
 _SAMPLE_STEP = 101
@@ -266,3 +270,47 @@ def fit_softmax(
             errors[i, 0] += torch.where(is_last, x * x, squared).sum(dtype=torch.float64)
     best = int(errors.argmin())
     return LogParams(scales[best // 2], bits, zero_last=best % 2 == 0)
+
+
+def fit_scores(
+    q: Tensor,
+    k: Tensor,
+    bits: int,
+    percentiles: tuple[float, ...],
+    temperature: float,
+) -> tuple[AffineParams, AffineParams]:
+    """Affine params (0-d) of q and k by what the softmax of their product loses.
+
+    A few tokens with large k may decide where all others look: clipping them is a small squared
+    error of k and a large one of the attention. The candidates are those of `fit_tensor` and the
+    whole range; the pair of least KL divergence of the softmax wins, one operand at a time.
+
+    Args:
+        q, k: fp32 [B, H, T, D]. temperature: factor of the scores.
+    """
+    check_bits(bits)
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    queries = q[:, :, :: -(-scores // _SCORES)].float()
+    keys = k.float().transpose(-2, -1)
+    log_p = ((queries @ keys) * temperature).log_softmax(-1)
+    p = log_p.exp()
+
+    def divergence(a: Tensor, b: Tensor) -> float:
+        estimate = ((a @ b) * temperature).log_softmax(-1)
+        return float((p * (log_p - estimate)).sum(dtype=torch.float64))
+
+    of_q, of_k = (_candidates(x, bits, (*percentiles, 1.0)) for x in (q, k))
+    rounded_keys = keys
+    for _ in range(2):
+        best_q = min(of_q, key=lambda c: divergence(fake_quantize(queries, c), rounded_keys))
+        rounded = fake_quantize(queries, best_q)
+        best_k = min(of_k, key=lambda c: divergence(rounded, fake_quantize(keys, c)))
+        rounded_keys = fake_quantize(keys, best_k)
+    return best_q, best_k
+
+
+def _candidates(x: Tensor, bits: int, percentiles: tuple[float, ...]) -> list[AffineParams]:
+    """Affine params of a whole tensor for every percentile."""
+    hi, lo = tail_quantiles(x.detach().float().reshape(1, -1), percentiles)
+    tensors = (_affine_from_range(lo[i], hi[i], bits, False) for i in range(len(percentiles)))
+    return [AffineParams(c.scale[0], c.zero_point[0], bits) for c in tensors]

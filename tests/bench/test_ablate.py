@@ -112,7 +112,7 @@ CLASSES = [2, 3, 2, 4, 0, 3, 5, 5, 8, 8, 1, 2]
 MEAN = -0.094042
 
 
-@pytest.mark.parametrize("name", ["vit", "vit-outliers"])
+@pytest.mark.parametrize("name", ["vit", "vit-outliers", "swin"])
 def test_committed_networks_know_their_task(scenes: Any, ablate: Any, name: str) -> None:
     task = scenes.scenes_task(name)
     assert task.calib.shape == (512, 1, 24, 24)

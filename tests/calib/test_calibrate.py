@@ -16,7 +16,14 @@ from erq.calib.prepare import insert_simulated
 from erq.config import QuantConfig
 from erq.models import Block, Site
 from erq.models.timm_vit import TimmVit
-from erq.quant.fit import fit_channels, fit_softmax, fit_tensor
+from erq.pipeline import quantize
+from erq.quant.fit import (
+    ACTIVATION_PERCENTILES,
+    fit_channels,
+    fit_scores,
+    fit_softmax,
+    fit_tensor,
+)
 
 Build = Callable[..., Any]
 
@@ -141,3 +148,17 @@ def test_ranges_come_from_the_first_images(case: Callable[..., Case]) -> None:
     few.x_params = None
     again, _ = it.calibrate("attn.proj")
     assert same(again.x_params, before)
+
+
+def test_softmax_ranges_are_those_of_the_scores(tiny_vit: Callable[..., Any]) -> None:
+    model, x = tiny_vit(), torch.randn(4, 3, 16, 16)
+    sim: Any = quantize(model, x, {"a_bits": 4, "w_bits": 8, "ranges": "softmax"})
+    scores = sim.get_submodule("blocks.0.attn.qk")
+    seen: list[Any] = []
+    handle = scores.register_forward_pre_hook(lambda _, args: seen.extend(args))
+    sim(x)
+    handle.remove()
+    percentiles = ACTIVATION_PERCENTILES["softmax"]
+    q, k = fit_scores(*seen, 4, percentiles, scores.temperature)
+    assert torch.equal(q.scale, scores.q_params.scale)
+    assert torch.equal(k.zero_point, scores.k_params.zero_point)

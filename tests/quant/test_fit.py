@@ -16,6 +16,7 @@ from erq.quant.fit import (
     fit_channels,
     fit_dual_weight,
     fit_rows,
+    fit_scores,
     fit_softmax,
     fit_tensor,
     fit_weight,
@@ -301,3 +302,21 @@ def test_fit_does_not_touch_its_input() -> None:
     fit_dual_weight(weight, 4)
     fit_tensor(weight, 4)
     assert torch.equal(weight, before)
+
+
+def test_scores_keep_the_few_keys_that_decide() -> None:
+    # One token in 64 has keys that all queries look for, far outside the others' range.
+    q, k = torch.randn(2, 2, 64, 16) + 1, torch.randn(2, 2, 64, 16) * 0.3
+    k[:, :, 5] = 2.5
+    p = (q @ k.transpose(-2, -1) * 0.25).softmax(-1)
+
+    def lost(a: AffineParams, b: AffineParams) -> float:
+        scores = fake_quantize(q, a) @ fake_quantize(k, b).transpose(-2, -1)
+        return float((p * (p.log() - (scores * 0.25).log_softmax(-1))).sum())
+
+    percentiles = ACTIVATION_PERCENTILES["softmax"]
+    chosen = fit_scores(q, k, 4, percentiles, 0.25)
+    plain = (fit_tensor(q, 4, percentiles), fit_tensor(k, 4, percentiles))
+    assert lost(*chosen) < 0.7 * lost(*plain)
+    top = (15 - chosen[1].zero_point) * chosen[1].scale
+    assert float(top) == pytest.approx(2.5, rel=0.05)
