@@ -2,6 +2,7 @@
 
     python bench/reliability.py kills      SIGKILL at random moments of save and of erq quantize
     python bench/reliability.py memory     resident memory over many passes of a deployed network
+    python bench/reliability.py marks      what it takes to bring NaN and infinity to the logits
 
 docs/reliability.md shows the results. Linux only: it forks and reads /proc.
 """
@@ -30,7 +31,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import erq
 from erq import cli
-from erq.loading import DEMO_METADATA, load_model
+from erq.deployment import blocks, modules
+from erq.loading import DEMO_METADATA, TimmOptions, load_model
 
 ARCHITECTURE: dict[str, Any] = {
     "img_size": 16, "patch_size": 4, "num_classes": 5, "embed_dim": 32, "depth": 2, "num_heads": 2,
@@ -182,12 +184,44 @@ def memory_series(inferences: int, points: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def cost_of_marks(name: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Median time of a pass with and without what carries NaN and infinity around codes, in turns.
+
+    Args:
+        name: a timm model; its weights are random, no time depends on them.
+    """
+    model = load_model(name, TimmOptions(random_weights=True))
+    sim = erq.quantize(model, torch.randn(2, 3, 224, 224), {"method": "rtn"})
+    net: Any = erq.deploy(sim)
+    x = torch.randn(batch, 3, 224, 224)
+    found: dict[bool, list[float]] = {True: [], False: []}
+    marks = modules.not_finite
+    with torch.inference_mode():
+        for _ in range(3):
+            net(x)
+        for i in range(2 * rounds):
+            marked = i % 2 == 0
+            modules.not_finite = blocks.not_finite = marks if marked else lambda *_: 0.0
+            for block in net.modules():
+                if isinstance(block, blocks.QuantBlock):
+                    block.first = marked and block is net.blocks[0]
+            start = time.perf_counter()
+            net(x)
+            found[marked].append(time.perf_counter() - start)
+    modules.not_finite = blocks.not_finite = marks
+    with_marks, without = (1000 * statistics.median(found[m]) for m in (True, False))
+    return {
+        "model": name, "batch": batch, "rounds": rounds, "ms_with": round(with_marks, 3),
+        "ms_without": round(without, 3), "percent": round(100 * (with_marks / without - 1), 2),
+    }  # fmt: skip
+
+
 def main() -> None:
     """Measure and keep the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("kills", "memory"))
+    parser.add_argument("what", choices=("kills", "memory", "marks"))
     parser.add_argument("--times", type=int, default=200, help="kills, shared among the modes")
     parser.add_argument("--inferences", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -198,6 +232,12 @@ def main() -> None:
         row = memory_series(args.inferences, 100)
         results.add(row)
         print({k: v for k, v in row.items() if k != "resident_mb"})
+        return
+    if args.what == "marks":
+        for model, batch in (("vit_tiny_patch16_224", 1), ("vit_tiny_patch16_224", 8)):
+            row = cost_of_marks(model, batch, 200 // batch)
+            results.add(row)
+            print(row)
         return
     for i, mode in enumerate(MODES):
         times = args.times // len(MODES) + (i < args.times % len(MODES))
