@@ -509,6 +509,9 @@ def _open_npz(src: str, path: Path, array: str) -> ImageSource:
             f"{path}: not a readable .npz file of plain arrays ({shown(error)})"
         ) from error
     images = _required(path, array, names, held)
+    for name, value in held.items():
+        if not isinstance(value, np.ndarray):  # numpy gives the bytes of what is no array
+            raise ValueError(f"{path}: {name} is no array")
     kind = images.dtype.kind
     _check_array(f"{path}: {array}", kind == "f", str(images.dtype), images.shape)
     labels = held.get(_labels_of(array))

@@ -436,8 +436,10 @@ def _skeleton(info: QuantizedModelInfo, sites: Mapping[str, Any], tensors: int) 
             if understood[key] != value:
                 raise ValueError(f"arch_kwargs: {key} cannot be {shown(value)}")
         for name, module in net.named_modules():
-            if not 0 <= getattr(module, "eps", 0.0) < 1:
-                raise ValueError(f"arch_kwargs: {name} has eps {module.eps}, expected 0..1")
+            if hasattr(module, "eps") and not 0 < module.eps < 1:
+                raise ValueError(
+                    f"arch_kwargs: {name} has eps {shown(module.eps)}, expected 0..1, both excluded"
+                )
         adapter.prepare(net)
         for name, entry in sites.items():
             parent_name, _, leaf = name.rpartition(".")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.text import Text
+from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
 from timm.layers import weight_init
 from timm.models.swin_transformer import SwinTransformer
@@ -188,7 +189,10 @@ class CheckpointHeaders(Target):
                 _change_tensor(rng, tensors)
         header = json.loads(json.dumps(header))
         checkpoint._sign(header, tensors)
-        return bytes(to_bytes(tensors, metadata={"erq": json.dumps(header)}))
+        try:
+            return bytes(to_bytes(tensors, metadata={"erq": json.dumps(header)}))
+        except SafetensorError:  # its header has an upper limit
+            return sound.data
 
     @torch.no_grad()
     def check(self, case: bytes) -> str:

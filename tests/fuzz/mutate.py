@@ -58,7 +58,9 @@ def value(rng: random.Random) -> Any:
             deep = [deep] if rng.random() < 0.5 else {"a": deep}
         return deep
     if kind == 3 and rng.random() < 0.1:
-        return [scalar(rng)] * rng.choice((1000, 20_000))
+        item = scalar(rng)
+        long = isinstance(item, str) and len(item) > 100
+        return [item] * (1000 if long else rng.choice((1000, 20_000)))
     return scalar(rng)
 
 

@@ -228,7 +228,8 @@ class Ops(Target):
         loose = ("qk_bits", "av_bits", "q", "k", "v")
         misnamed = op == "qattention" and any(e[0] in loose for e in edits)
         # Nor is a parameter looked at on every call: modules check theirs when they are made.
-        misnamed |= any(e[0] == "bias" and str(e[1])[5:] in ("nan", "inf") for e in edits)
+        not_finite = ("fill:nan", "fill:inf", "fill:-inf")
+        misnamed |= any(e[1] in not_finite and e[0] not in ("x", "residual") for e in edits)
         if not exact.is_meta and not misnamed:
             fills = [e[1].removeprefix("fill:") for e in edits if str(e[1]).startswith("fill:")]
             _compare(op, exact, fast, [float(f) for f in fills])
@@ -244,7 +245,8 @@ class Ops(Target):
                 arguments[name] = number
             elif isinstance(value, Tensor):
                 arguments[name] = changed(value, edit, number)
-                if op == "qattention" and name.endswith("zero_point"):
+                is_wide = op == "qattention" and arguments[name].dtype == torch.int32
+                if is_wide:
                     arguments[name] = arguments[name].clamp(-4095, 4095)
         with torch.set_grad_enabled(not plain):
             return attempt(
