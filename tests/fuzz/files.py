@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 import erq
 from erq.deployment import checkpoint
+from erq.hub import describe_checkpoint
 from erq.inputs import class_names, image_shape, preprocessing
 from erq.page import sections
-from erq.report import checkpoint_tables, describe_checkpoint, to_plain
+from erq.report import checkpoint_tables, to_plain
 from tests.fuzz import mutate
 from tests.fuzz.target import Target, attempt, require
 

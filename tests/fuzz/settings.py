@@ -21,7 +21,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import erq
-from erq import cli, demonstration, loading, pipeline, timing
+from erq import cli, demonstration, export, loading, pipeline, timing
 from erq.config import PRESETS, QuantConfig, as_config
 from erq.options import as_settings
 from tests.fuzz import mutate
@@ -130,7 +130,8 @@ def _light() -> Iterator[None]:
         (typer.testing, "_get_command", _command),
         (pipeline, "quantize", _reached), (timing, "benchmark", _reached),
         (timing, "compare", _reached), (demonstration, "demonstrate", _reached),
-        (loading, "_hub_answers", lambda: False), (timm, "create_model", create),
+        (export, "export_onnx", _reached), (loading, "_hub_answers", lambda: False),
+        (timm, "create_model", create),
     ]  # fmt: skip
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     for owner, name, new in replaced:
@@ -159,7 +160,8 @@ def _place() -> Path:
 
 
 WORDS = (
-    "quantize", "eval", "report", "bench", "inspect", "predict", "models", "info", "demo", "demo",
+    "quantize", "eval", "report", "bench", "inspect", "predict", "export", "models",
+    "info", "demo", "demo", "--onnx", "--codes",
     "synthetic", "NET", "CUT", "PICTURE", "PICTURES", "CLASSES", "NPZ", "WIDE", "NPZ:images", "OUT",
     "OUT/x", "vit_tiny_patch16_224", "torchvision:vit_b_16", "swinv2_tiny", "--images", "--out",
     "--bits", "--n", "--set", "--method", "--seed", "--paper", "--json", "--quiet", "--debug",
@@ -178,7 +180,8 @@ LINES = (
     ["bench", "NET", "--batch", "1", "--seconds", "0.1", "--against", "torch"],
     ["inspect", "NET", "--json"],
     ["predict", "NET", "PICTURE", "PICTURE", "--backend", "reference"],
-    ["models"], ["info"], ["demo", "--bits", "w4a4", "--out", "OUT"],
+    ["export", "NET", "--onnx", "OUT"], ["models"], ["info"],
+    ["demo", "--bits", "w4a4", "--out", "OUT"],
 )  # fmt: skip
 
 
