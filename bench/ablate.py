@@ -50,12 +50,13 @@ NETWORKS: dict[str, Callable[[Path], Task]] = {
 BITS = ("w4a4", "w3a4", "w3a3", "w2a4")
 IMAGES = 32
 
-FIRST = "rotate_heads=false ranges=official"
+FIRST = "rotate_heads=false ranges=official reparameterize_hidden=false"
 """The default before heads had another basis and ranges more percentiles."""
 SETTINGS = (
     "default",
     FIRST,
     "rotate_heads=false",
+    "reparameterize_hidden=false",
     "ranges=official",
     "upstream=float",
     "refine=off",

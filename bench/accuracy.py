@@ -51,7 +51,7 @@ def preset(**changes: Any) -> Callable[[str], QuantConfig]:
 
 def first(**changes: Any) -> Callable[[str], QuantConfig]:
     """The first default, before heads had a basis of their own, with these changes."""
-    return preset(rotate_heads=False, ranges="official", **changes)
+    return preset(rotate_heads=False, ranges="official", reparameterize_hidden=False, **changes)
 
 
 SETTINGS = {

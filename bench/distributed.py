@@ -53,7 +53,7 @@ class Traffic:
 
     Args:
         name: the site. rows: its inputs on the images of the range search, to the first rank; with
-            a qkv layer also the k and v whose means and sizes the heads' basis needs.
+            a qkv layer also the q, k and v that the heads' basis needs.
         sums: the chunks' matrices, dealt out. whole: their sums, to the first rank.
         decision: codes, scales and bias, from the first rank to the others; without headers.
     """
@@ -106,9 +106,9 @@ def traffic(model: nn.Module, images: int, size: int, config: QuantConfig) -> li
                 whole += (n - ranks.pieces(n)[0]) * matrix.element_size()
             decision = rest * (module.weight.numel() + 4 * len(module.weight) * 3)
         if config.rotate_heads and rotated_attention(sim, site.name) is not None:
-            owner = site.name.rpartition(".")[0]  # k of (q, k), v of (softmax, v)
-            k_and_v = [inputs[f"{owner}.{m}"][1] for m in ("qk", "av")]
-            rows += _rows(k_and_v, chunks, ranks)
+            owner = site.name.rpartition(".")[0]  # q and k; v of (softmax, v)
+            q_k_v = [*inputs[f"{owner}.qk"], inputs[f"{owner}.av"][1]]
+            rows += _rows(q_k_v, chunks, ranks)
         found.append(Traffic(site.name, rows, sums, whole, decision))
     return found
 

@@ -23,7 +23,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "ridge_scale": ("relative", "sum"),
     "ranges": ("fine", "softmax", "official"),
 }
-_FLAGS = ("reparameterize", "rotate_heads", "aqer", "dual", "wqer", "reparameterize_merging")
+_FLAGS = (
+    "reparameterize", "rotate_heads", "aqer", "dual", "wqer", "reparameterize_merging",
+    "reparameterize_hidden",
+)  # fmt: skip
 _SITE_FIELDS = ("w_bits", "a_bits", "dual", "aqer", "wqer", "refine", "ridge_act", "ridge_weight")
 
 PRESETS = ("w3a4", "w4a4", "w4a8", "w6a6", "w8a8", "w3a16", "w4a16")
@@ -42,12 +45,14 @@ class QuantConfig:
             reparameterization, no dual scales), `repq` (reparameterization, dual scales if `dual`,
             round to nearest), `gptq` (as repq, weights rounded column by column).
         reparameterize, aqer, dual, wqer: each step of ERQ can be switched off.
-        rotate_heads: `erq` only: center k and v of every attention head and rotate q, k and v, so
-            that few bits hold them better; folded into weights (docs/math.md, "Heads").
-        ranges: percentiles that are tried for the range of an activation: `fine`; `softmax`, which
-            chooses those of q and k by what the softmax loses; or `official`, as published.
+        rotate_heads: `erq` only: center k and v of every attention head, rotate v, and q and k
+            where the softmax then loses less; folded into weights (docs/math.md, "Heads").
+        ranges: percentiles that are tried for the range of an activation: `fine`; `softmax`, those
+            too, but for q and k chosen by what the softmax loses; or `official`, as published.
         reparameterize_merging: also fold the norm of Swin's patch merging into its `reduction`, and
             give that dual scales; as published ERQ leaves that layer out.
+        reparameterize_hidden: `erq` only: also quantize what the MLP's activation function gives
+            channel by channel, folded into fc2 alone (docs/math.md, "Behind an activation").
         upstream: what feeds a site during calibration: `quantized`, the network as quantized so
             far, or `float`, as published: every layer alone on the full-precision network.
         refine: rounding refinement: `greedy` best flips, `official` rule, `off`.
@@ -75,7 +80,8 @@ class QuantConfig:
     dual: bool = True
     wqer: bool = True
     reparameterize_merging: bool = True
-    ranges: Literal["fine", "softmax", "official"] = "fine"
+    reparameterize_hidden: bool = True
+    ranges: Literal["fine", "softmax", "official"] = "softmax"
     upstream: Literal["quantized", "float"] = "quantized"
     refine: Literal["greedy", "official", "off"] = "greedy"
     image_bits: int = FLOAT_BITS
@@ -131,6 +137,7 @@ class QuantConfig:
             "ranges": "official",
             "upstream": "float",
             "reparameterize_merging": False,
+            "reparameterize_hidden": False,
             "refine": "official",
             "ridge_act": PAPER_RIDGE,
             "ridge_weight": PAPER_RIDGE,

@@ -233,6 +233,8 @@ class _Linear(nn.Module):
     """A quantized linear layer, or patch embedding: a product per segment of the weight."""
 
     bias: Tensor | None
+    factor: Tensor | None
+    shift: Tensor | None
 
     def __init__(self, layer: QuantLinear, narrow: bool) -> None:
         super().__init__()
@@ -240,6 +242,13 @@ class _Linear(nn.Module):
         self.quantizer = None
         if layer.x_scale is not None and layer.x_zero_point is not None:
             self.quantizer = _Quantizer(layer.x_scale, layer.x_zero_point, layer.a_bits)
+        # A quantizer per channel is that of the whole input once each channel is scaled and moved.
+        self.register_buffer("factor", None)
+        self.register_buffer("shift", None)
+        if layer.x_channel_scale is not None and layer.x_channel_zero_point is not None:
+            assert layer.x_scale is not None and layer.x_zero_point is not None
+            self.factor = layer.x_scale / layer.x_channel_scale
+            self.shift = layer.x_scale * (layer.x_zero_point - layer.x_channel_zero_point)
         self.reads_floats = self.quantizer is None or not self.quantizer.fits
         codes = layer.weight_codes()
         parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -265,6 +274,8 @@ class _Linear(nn.Module):
         return y.transpose(1, 2).reshape(x.shape[0], -1, *grid)
 
     def _product(self, x: Tensor) -> Tensor:
+        if self.factor is not None and self.shift is not None:
+            x = x * self.factor - self.shift
         if self.quantizer is not None:
             x = self.quantizer.codes(x)
         products = []

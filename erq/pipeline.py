@@ -27,7 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from erq.calib.calibrate import RANGE_IMAGES, calibrate_site, gather
-from erq.calib.heads import HeadStatistics, ValueBasis, rotate_heads, rotated_attention
+from erq.calib.heads import (
+    HeadStatistics,
+    ValueBasis,
+    rotate_heads,
+    rotated_attention,
+    rotates_scores,
+)
 from erq.calib.observers import Run, Stream
 from erq.calib.prepare import insert_simulated
 from erq.calib.reparam import Fold
@@ -127,8 +133,8 @@ class _Calibration:
             decide = partial(self.decide, f"{site.name}: ranges")
             keep = self.config.upstream == "quantized" and site.kind in ("linear", "conv")
             fold = calibrate_site(site, self.sim, run, stream, linears, own, decide, keep)
-        if fold is not None and site.norm is not None:
-            self.folds[site.norm] = fold
+        if fold is not None:
+            self.folds[site.norm or site.name] = fold
 
     def rotate_heads(self, site: Site, run: Run, stream: Stream) -> None:
         """Change the basis of the heads that the layer `site` feeds, if it feeds any."""
@@ -138,11 +144,17 @@ class _Calibration:
         name = site.name.rpartition(".")[0]
 
         def collect() -> tuple[Tensor, ...]:
-            # k and v of q, k, softmax, v.
-            return gather(stream, run, attention.qk, attention.av, wanted=slice(1, None, 2))
+            # q, k and v of q, k, softmax, v.
+            return gather(stream, run, attention.qk, attention.av, wanted=(0, 1, 3))
+
+        def settle(qkv: tuple[Tensor, ...]) -> HeadStatistics:
+            q, k, v = qkv
+            bits = self.config.for_site(f"{name}.qk").a_bits if rotates_scores(attention) else None
+            qk: Any = attention.qk
+            return HeadStatistics.of(q, k, v, bits, self.config.ranges, qk.temperature)
 
         with self.stage("ranges"):
-            statistics = self.decide(f"{name}: heads", collect, lambda kv: HeadStatistics.of(*kv))
+            statistics = self.decide(f"{name}: heads", collect, settle)
             basis = rotate_heads(attention, statistics)
         if basis is not None:
             self.folds[f"{name}.proj"] = basis
@@ -198,9 +210,10 @@ class _Calibration:
             if conv is not None:
                 x = patches(x, conv.kernel_size)
             batch_rows = x.dim() == 2
-            if fold is not None and same:
+            # Folded norms and heads give the quantized stream folded values already.
+            if fold is not None and (same or module.x_channels is not None):
                 x = fold.apply(x)
-            elif fold is not None and upstream is not None:
+            if fold is not None and upstream is not None:
                 upstream = fold.apply(upstream)
             gram.add(x, upstream, module.x_params)
         return gram.whole() if isinstance(gram, SharedGram) else gram, batch_rows

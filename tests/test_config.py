@@ -102,6 +102,7 @@ ODD = QuantConfig(
     method="gptq",
     reparameterize=False,
     rotate_heads=False,
+    reparameterize_hidden=False,
     ranges="official",
     aqer=False,
     dual=False,

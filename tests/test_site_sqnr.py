@@ -45,7 +45,10 @@ def test_more_bits_are_closer(tiny_vit: Build) -> None:
 
 def test_a_layer_before_anything_quantized_is_exact(tiny_vit: Build) -> None:
     model, x = tiny_vit(), torch.randn(8, 3, 16, 16)
-    config = {"keep_float": ["patch_embed.*", "blocks.0.*"], "overrides": {"head": {"w_bits": 2}}}
+    config = {
+        "keep_float": ["patch_embed.*", "blocks.0.*"],
+        "overrides": {"head": {"w_bits": 2, "a_bits": 2}},
+    }
     net = erq.deploy(erq.quantize(model, x, config), "reference")
     sites = erq.site_sqnr(net, x, model)
     assert "blocks.0.attn.qkv" not in sites

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from erq.calib.observers import Run, Stream
-from erq.calib.reparam import Fold, apply_fold, plan_fold
+from erq.calib.reparam import Fold, apply_fold, fold_input, plan_fold
 from erq.calib.simulate import SimConv2d, SimLinear, SimScores, SimValues
 from erq.config import FLOAT_BITS, QuantConfig
 from erq.models import Site
@@ -35,21 +35,25 @@ def _fit_now(collect: Collect, fit: Fit) -> Ranges:
 
 
 def gather(
-    stream: Stream, run: Run, *sites: nn.Module, wanted: slice = slice(None), keep: bool = False
+    stream: Stream,
+    run: Run,
+    *sites: nn.Module,
+    wanted: tuple[int, ...] | None = None,
+    keep: bool = False,
 ) -> tuple[Tensor, ...]:
     """Inputs of sites over the first images of the stream, concatenated per argument.
 
     Every rank contributes its chunks; what the others than the first return is of no use.
 
     Args:
-        wanted: the arguments that are. keep: as in `Stream.inputs`.
+        wanted: the arguments that are, all by default. keep: as in `Stream.inputs`.
     """
     head, ranks = stream.head(RANGE_IMAGES), stream.ranks
     numbers = (n for n, chunk in enumerate(head.chunks) if not chunk.is_meta)
     own: dict[int, tuple[Tensor, ...]] = {}
     elements = 0
     for number, args in zip(numbers, head.inputs(run, *sites, keep=keep), strict=False):
-        own[number] = args[wanted]
+        own[number] = args if wanted is None else tuple(args[i] for i in wanted)
         elements += max(a.numel() for a in own[number])
         if elements >= MAX_ELEMENTS:
             break
@@ -70,7 +74,7 @@ def _fit(site: Site, module: nn.Module, inputs: tuple[Tensor, ...], config: Quan
     bits, percentiles = config.a_bits, ACTIVATION_PERCENTILES[config.ranges]
     if isinstance(module, SimScores) and config.ranges == "softmax":
         q, k = inputs
-        return fit_scores(q, k, bits, percentiles, module.temperature)
+        return fit_scores(q, k, bits, percentiles, module.temperature)[:2]
     if isinstance(module, SimScores):
         return tuple(fit_tensor(x, bits, percentiles) for x in inputs)
     if isinstance(module, SimValues):
@@ -79,7 +83,9 @@ def _fit(site: Site, module: nn.Module, inputs: tuple[Tensor, ...], config: Quan
     (x,) = inputs
     if isinstance(module, SimConv2d):
         return (fit_tensor(x, config.image_bits, percentiles),)
-    if site.norm is not None and config.reparameterize and config.method != "rtn":
+    behind_norm = site.norm is not None and config.method != "rtn"
+    hidden = site.hidden and config.reparameterize_hidden and config.method == "erq"
+    if (behind_norm or hidden) and config.reparameterize:
         return plan_fold(fit_channels(x, bits, percentiles))
     return (fit_tensor(x, bits, percentiles),)
 
@@ -106,7 +112,7 @@ def calibrate_site(
         keep: what enters the site is asked for again, from the same stream.
 
     Returns:
-        The fold, if the norm was folded; else None.
+        The fold, if the norm or the site's input was folded; else None.
     """
     module = model.get_submodule(site.name)
     bits = config.image_bits if isinstance(module, SimConv2d) else config.a_bits
@@ -117,6 +123,10 @@ def calibrate_site(
         lambda: gather(stream, run, module, keep=keep),
         lambda inputs: _fit(site, module, inputs, config),
     )
+    if isinstance(ranges, Fold) and site.norm is None:
+        assert isinstance(module, SimLinear)
+        fold_input(ranges, module)
+        return ranges
     if isinstance(ranges, Fold):
         assert site.norm is not None
         norm = model.get_submodule(site.norm)

@@ -4,7 +4,9 @@ Adding one vector to all k of a head changes no softmax; q and k may be rotated 
 shifted, rotated and scaled if proj takes it back. All of it goes into weights and biases: the
 network's output stays, and inference costs nothing more. A rotation spreads what single channels
 hold over all of a head, and the ranges of its channels become alike; a Hadamard matrix spreads
-most evenly. Source: docs/math.md, "Heads"; docs/accuracy.md has what it is worth.
+most evenly. A large key that all channels hold alike it gathers in one: q and
+k are rotated only where the softmax then loses less. Source: docs/math.md, "Heads";
+docs/accuracy.md has what it is worth.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from erq.calib.simulate import SimLinear, SimScores
 from erq.models.attention import Attention
+from erq.quant.fit import ACTIVATION_PERCENTILES, fit_scores
 
 
 @dataclass(frozen=True)
@@ -26,18 +29,36 @@ class HeadStatistics:
     Args:
         k_mean, v_mean: fp32 [H, D], means of k and of v.
         v_size: fp32 [H], > 0, root mean square of v about its mean.
+        turns_scores: whether the softmax loses less with q and k rotated.
     """
 
     k_mean: Tensor
     v_mean: Tensor
     v_size: Tensor
+    turns_scores: bool
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor) -> HeadStatistics:
-        """Statistics of k and v, fp32 [B, H, T, D] each."""
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, bits: int | None, ranges: str, temperature: float
+    ) -> HeadStatistics:
+        """Statistics of q, k and v, fp32 [B, H, T, D] each.
+
+        Args:
+            bits: of q and k; None if they keep their basis. ranges: as in the config.
+        """
         mean = v.mean(dim=(0, 2))
         size = (v - mean[:, None]).square().mean(dim=(0, 2, 3)).sqrt()
-        return cls(k.mean(dim=(0, 2)), mean, torch.where(size > 0, size, 1.0))
+        k_mean = k.mean(dim=(0, 2))
+        turns = False
+        if bits is not None:
+            k, rotation = k - k_mean[:, None], spreading_rotation(k.shape[-1], k.device).float()
+            percentiles = ACTIVATION_PERCENTILES[ranges]
+            plain, turned = (
+                fit_scores(a, b, bits, percentiles, temperature)[2]
+                for a, b in ((q, k), (q @ rotation, k @ rotation))
+            )
+            turns = turned < plain
+        return cls(k_mean, mean, torch.where(size > 0, size, 1.0), turns)
 
 
 @dataclass(frozen=True)
@@ -109,7 +130,8 @@ def rotate_heads(attention: Attention, statistics: HeadStatistics) -> ValueBasis
     basis = None
     if rotates_scores(attention):
         rows[1, :, :, -1] -= statistics.k_mean
-        rows[:2] = rotation.t() @ rows[:2]
+        if statistics.turns_scores:
+            rows[:2] = rotation.t() @ rows[:2]
     if rotates_values(attention):
         assert isinstance(proj, SimLinear)
         basis = ValueBasis(statistics)

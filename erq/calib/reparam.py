@@ -33,6 +33,12 @@ class Fold:
         """The folded network's value of an unfolded activation [..., C]."""
         return x / self.ratio - self.shift
 
+    @property
+    def channels(self) -> AffineParams:
+        """The per-channel quantizer [C] of an unfolded activation, with the folded one's codes."""
+        zero_point = self.params.zero_point - (self.shift / self.params.scale).round().int()
+        return AffineParams(self.ratio * self.params.scale, zero_point, self.params.bits)
+
 
 def plan_fold(channels: AffineParams) -> Fold:
     """The fold that turns per-channel params [C] into per-tensor ones."""
@@ -53,7 +59,18 @@ def apply_fold(fold: Fold, norm: nn.LayerNorm, linears: list[SimLinear]) -> None
     norm.weight = nn.Parameter(norm.weight / fold.ratio, requires_grad=False)
     norm.bias = nn.Parameter(bias / fold.ratio - fold.shift, requires_grad=False)
     for linear in linears:
-        weight = linear.weight * fold.ratio
-        shift = weight @ fold.shift
-        linear.set_weight(weight, shift if linear.bias is None else linear.bias + shift)
-        linear.x_params = fold.params
+        _take_folded(fold, linear)
+
+
+@torch.no_grad()
+def fold_input(fold: Fold, linear: SimLinear) -> None:
+    """Fold into the layer alone, in place: its input stays and is quantized channel by channel."""
+    _take_folded(fold, linear)
+    linear.x_channels = fold.channels
+
+
+def _take_folded(fold: Fold, linear: SimLinear) -> None:
+    weight = linear.weight * fold.ratio
+    shift = weight @ fold.shift
+    linear.set_weight(weight, shift if linear.bias is None else linear.bias + shift)
+    linear.x_params = fold.params

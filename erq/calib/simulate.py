@@ -23,11 +23,10 @@ from erq.quant import (
     LogParams,
     WeightParams,
     dequantize,
-    fake_quantize,
     quantize,
 )
 from erq_kernels import reference
-from erq_kernels.formats import GemmOperands, center, gemm_operands
+from erq_kernels.formats import GemmOperands, center, code_offset, gemm_operands
 
 T = TypeVar("T")
 
@@ -72,6 +71,8 @@ class _SimWeight(_Simulated):
 
     Attributes:
         x_params: per-tensor activation quantizer, or None for float activations.
+        x_channels: per-channel quantizer [K] whose codes mean, with x_params, the input that the
+            weight was folded for (`Fold`); None where x_params itself makes the codes.
         w_params: weight quantizer, or None while the weight is in full precision.
         operands: GEMM operands once frozen, else None.
     """
@@ -79,17 +80,18 @@ class _SimWeight(_Simulated):
     weight: nn.Parameter
     bias: nn.Parameter | None
     x_params: AffineParams | None
+    x_channels: AffineParams | None
     w_params: WeightParams | None
     operands: GemmOperands | None
 
-    _values = ("x_params", "w_params", "operands")
+    _values = ("x_params", "x_channels", "w_params", "operands")
 
     def _set_float(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         self.bias = (
             None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         )
-        self.x_params = self.w_params = self.operands = None
+        self.x_params = self.x_channels = self.w_params = self.operands = None
 
     def set_weight(self, weight: Tensor, bias: Tensor | None) -> None:
         """Replace weight [N, K] and bias; a bias may come into being."""
@@ -130,11 +132,14 @@ class _SimWeight(_Simulated):
 
     def product(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N], on codes once frozen."""
-        if self.operands is not None and self.x_params is not None:
-            return run_gemm(x, self.x_params, self.operands)
-        if self.x_params is not None:
-            x = fake_quantize(x, self.x_params)
-        return F.linear(x, self.weight, self.bias)
+        encode, decode = self.x_channels or self.x_params, self.x_params
+        if encode is None or decode is None:
+            return F.linear(x, self.weight, self.bias)
+        if self.operands is not None:
+            return run_gemm(x, encode, self.operands)
+        codes = reference.quantize(x, encode.inv_scale, encode.zero_point, encode.bits)
+        values = (codes.float() - (decode.zero_point - code_offset(decode.bits))) * decode.scale
+        return F.linear(values, self.weight, self.bias)
 
 
 class SimLinear(_SimWeight):
@@ -153,10 +158,10 @@ class SimLinear(_SimWeight):
         return self.product(x)
 
 
-def run_gemm(x: Tensor, x_params: AffineParams, operands: GemmOperands) -> Tensor:
+def run_gemm(x: Tensor, encode: AffineParams, operands: GemmOperands) -> Tensor:
     """Quantize [..., K] and multiply by frozen operands with the reference kernels: [..., N]."""
     flat = x.reshape(-1, x.shape[-1])
-    codes = reference.quantize(flat, x_params.inv_scale, x_params.zero_point, x_params.bits)
+    codes = reference.quantize(flat, encode.inv_scale, encode.zero_point, encode.bits)
     if operands.order is not None:
         codes = codes.index_select(1, operands.order)
     y = reference.qlinear(

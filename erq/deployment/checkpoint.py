@@ -41,7 +41,11 @@ from erq_kernels.dispatch import check_backend
 
 FORMAT = 2
 # What a file of format 1 does not say of its settings: fields that came later, as they were then.
-_FORMAT_1_SETTINGS = {"rotate_heads": False, "ranges": "official"}
+_FORMAT_1_SETTINGS = {
+    "rotate_heads": False,
+    "ranges": "official",
+    "reparameterize_hidden": False,
+}
 
 _LONGEST = 1000
 """Characters of an error's message, which repeats names and values of the file."""
@@ -225,6 +229,7 @@ def _header(net: Any) -> dict[str, Any]:
                 "shape": [module.out_features, module.in_features],
                 "dual": dual,
                 "bias": module.bias is not None,
+                "channels": module.x_channel_scale is not None,
             }
         elif isinstance(module, QuantScores):
             entry |= {"bits": module.bits, "scheme": "affine", "temperature": module.temperature}
@@ -328,12 +333,17 @@ _LAYER: dict[str, _Field] = {
     ),
     "dual": (lambda v: type(v) is int and v >= 0, "an integer >= 0"),
     "bias": (lambda v: type(v) is bool, "true or false"),
+    "channels": (lambda v: type(v) is bool, "true or false"),
     "scheme": (lambda v: v in ("affine", "dual"), "affine or dual"),
     "errors": _ERRORS,
 }
 _SITE_FIELDS: dict[str, dict[str, _Field]] = {
     "linear": _LAYER,
-    "conv": _LAYER | {"scheme": (lambda v: v == "affine", "affine")},
+    "conv": _LAYER
+    | {
+        "scheme": (lambda v: v == "affine", "affine"),
+        "channels": (lambda v: v is False, "false"),
+    },
     "matmul_qk": {
         "norm": _NORM,
         "bits": _WIDTH,
@@ -373,6 +383,8 @@ def _check_site(name: str, entry: Any) -> None:
                 f"site {name}: dual must be 0 in the affine scheme and inside "
                 f"1..{entry['shape'][1] - 1} in the dual one, got {dual} ({entry['scheme']})"
             )
+        if entry["channels"] and entry["a_bits"] == FLOAT_BITS:
+            raise ValueError(f"site {name}: channels must be false with float activations")
 
 
 def _info(header: Mapping[str, Any]) -> QuantizedModelInfo:
@@ -389,6 +401,8 @@ def _info(header: Mapping[str, Any]) -> QuantizedModelInfo:
             got = shown(header[key]) if key in header else "nothing"
             raise ValueError(f"the header's {key} must be {what}, got {got}")
     for name, entry in header["sites"].items():
+        if header["format"] == 1 and isinstance(entry, dict) and "a_bits" in entry:
+            entry.setdefault("channels", False)
         _check_site(name, entry)
     images = header["calibration"]
     if type(images.get("n")) is not int or not isinstance(images.get("sha256"), str):
@@ -463,7 +477,8 @@ def _empty(net: nn.Module, name: str, entry: Mapping[str, Any]) -> nn.Module:
     old: Any = net.get_submodule(name)
     if entry["kind"] == "linear" and isinstance(old, nn.Linear):
         n, k = _checked_shape(name, entry, [old.out_features, old.in_features])
-        return QuantLinear(k, n, entry["bits"], entry["a_bits"], entry["dual"], entry["bias"])
+        layer = (k, n, entry["bits"], entry["a_bits"], entry["dual"], entry["bias"])
+        return QuantLinear(*layer, entry["channels"])
     if entry["kind"] == "conv" and isinstance(old, nn.Conv2d):
         kernel = (old.kernel_size[0], old.kernel_size[1])
         wanted = [old.out_channels, old.in_channels * kernel[0] * kernel[1]]

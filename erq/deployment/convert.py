@@ -71,7 +71,9 @@ def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
 def _linear(module: SimLinear | SimConv2d) -> nn.Module:
     assert module.w_params is not None
     if isinstance(module, SimLinear):
-        return QuantLinear.from_params(module.weight, module.bias, module.w_params, module.x_params)
+        return QuantLinear.from_params(
+            module.weight, module.bias, module.w_params, module.x_params, module.x_channels
+        )
     layer = QuantPatchEmbed(
         module.in_channels,
         len(module.weight),

@@ -269,11 +269,17 @@ class QuantLinear(_PackedWeight):
     """A linear layer on packed low-bit weights and b-bit (or float, a_bits=16) activations.
 
     Buffers besides those of the weight:
-        x_scale, x_zero_point: fp32 / int32 [], the activation quantizer; None if a_bits is 16.
+        x_scale, x_zero_point: fp32 / int32 [], what the activation's codes mean; None if a_bits is
+            16.
+        x_channel_scale, x_channel_zero_point: fp32 / int32 [K], the quantizer that makes the codes
+            of inputs that the weight was folded for channel by channel; None where x_scale and
+            x_zero_point make them.
     """
 
     x_scale: Tensor | None
     x_zero_point: Tensor | None
+    x_channel_scale: Tensor | None
+    x_channel_zero_point: Tensor | None
     x_inv_scale: Tensor | None
 
     def __init__(
@@ -284,14 +290,19 @@ class QuantLinear(_PackedWeight):
         a_bits: int = FLOAT_BITS,
         dual: int = 0,
         bias: bool = True,
+        channels: bool = False,
     ) -> None:
-        """Allocate an empty layer; `dual` is the number of outlier input channels."""
+        """Allocate an empty layer; `dual` is the number of outlier input channels, `channels` says
+        whether the codes of its input are made channel by channel."""
         super().__init__(in_features, out_features, w_bits, dual, bias)
         self.a_bits = a_bits
         floating = a_bits == FLOAT_BITS
         self.register_buffer("x_scale", None if floating else torch.tensor(1.0))
         zero = torch.tensor(0, dtype=torch.int32)
         self.register_buffer("x_zero_point", None if floating else zero)
+        scales, zeros = torch.ones(in_features), torch.zeros(in_features, dtype=torch.int32)
+        self.register_buffer("x_channel_scale", scales if channels else None)
+        self.register_buffer("x_channel_zero_point", zeros if channels else None)
         self._derive(x_inv_scale=None)
         self._operands: GemmOperands | None = None
         # The weight of `pack_weight` where the 4-bit kernel runs the layer, else None.
@@ -305,27 +316,41 @@ class QuantLinear(_PackedWeight):
         bias: Tensor | None,
         w_params: WeightParams,
         x_params: AffineParams | None,
+        x_channels: AffineParams | None = None,
     ) -> QuantLinear:
         """The layer of a weight [N, K] that lies on the grid of `w_params`.
 
         Args:
             x_params: per-tensor activation quantizer, or None for float activations.
+            x_channels: quantizer [K] that makes the codes in its place, where the weight is folded.
         """
         dual = len(w_params.columns) if isinstance(w_params, DualAffineParams) else 0
         a_bits = FLOAT_BITS if x_params is None else x_params.bits
         n, k = weight.shape
-        layer = cls(k, n, w_params.bits, a_bits, dual, bias is not None).to(weight.device)
-        layer.set_weight(weight, w_params, bias)
-        layer.set_input(x_params)
+        channels = x_channels is not None
+        layer = cls(k, n, w_params.bits, a_bits, dual, bias is not None, channels)
+        layer.to(weight.device).set_weight(weight, w_params, bias)
+        layer.set_input(x_params, x_channels)
         layer.repack()
         return layer
 
-    def set_input(self, x_params: AffineParams | None) -> None:
+    def set_input(
+        self, x_params: AffineParams | None, x_channels: AffineParams | None = None
+    ) -> None:
         """Fill the buffers of the activation quantizer."""
         if x_params is not None:
             # Layers behind one norm share their params, but not their buffers.
             self.x_scale = x_params.scale.clone()
             self.x_zero_point = x_params.zero_point.clone()
+        if x_channels is not None:
+            self.x_channel_scale = x_channels.scale.clone()
+            self.x_channel_zero_point = x_channels.zero_point.clone()
+
+    @property
+    def code_zero_point(self) -> Tensor | None:
+        """Zero point [] or [K] of the quantizer that makes the codes, beside `x_inv_scale`."""
+        channels = self.x_channel_zero_point
+        return self.x_zero_point if channels is None else channels
 
     @classmethod
     def from_linear(
@@ -373,6 +398,8 @@ class QuantLinear(_PackedWeight):
         super().repack()
         _check_scale("x_scale", self.x_scale)
         _check_zero_point("x_zero_point", self.x_zero_point)
+        _check_scale("x_channel_scale", self.x_channel_scale)
+        _check_zero_point("x_channel_zero_point", self.x_channel_zero_point)
         if self.x_scale is None or self.x_zero_point is None:
             return
         weight = ops.repack(
@@ -403,7 +430,8 @@ class QuantLinear(_PackedWeight):
             kept = order_packed(self.packed, self.w_bits, n, k, self.dual_columns)
             operands = replace(operands, weight=kept)
         self._operands = operands
-        self._derive(x_inv_scale=self.x_scale.reciprocal())
+        encode = self.x_scale if self.x_channel_scale is None else self.x_channel_scale
+        self._derive(x_inv_scale=encode.reciprocal())
         self._choose_packing()
 
     @property
@@ -454,10 +482,10 @@ class QuantLinear(_PackedWeight):
         Raises:
             ValueError: an empty layer.
         """
-        if self.x_inv_scale is None or self.x_zero_point is None:
+        if self.x_inv_scale is None or self.code_zero_point is None:
             raise ValueError(_NO_OPERANDS)
         return ops.quantize(  # type: ignore[no-any-return]
-            x, self.x_inv_scale, self.x_zero_point, self.a_bits, backend=self.backend
+            x, self.x_inv_scale, self.code_zero_point, self.a_bits, backend=self.backend
         )
 
     def input_quantizer(self, packed: bool = False) -> dict[str, Any]:
@@ -468,7 +496,7 @@ class QuantLinear(_PackedWeight):
         """
         quantizer = {
             "out_inv_scale": self.x_inv_scale,
-            "out_zero_point": self.x_zero_point,
+            "out_zero_point": self.code_zero_point,
             "out_bits": self.a_bits,
         }
         return quantizer | {"out_packed": True} if packed else quantizer
@@ -536,7 +564,7 @@ class QuantLinear(_PackedWeight):
         if self.x_scale is None:
             return super().kernel()
         x = torch.empty(1, self.in_features, device=self.packed.device)
-        quantizer = (self.x_inv_scale, self.x_zero_point, self.a_bits)
+        quantizer = (self.x_inv_scale, self.code_zero_point, self.a_bits)
         dispatch.select("quantize", self.backend, x, *quantizer)
         self._choose_packing()  # for the backend that is asked now
         if self.packs_codes():

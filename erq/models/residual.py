@@ -63,7 +63,7 @@ def block_halves(block: nn.Module, name: str) -> list[Block]:
     )
     mlp = (
         Site(f"{name}.mlp.fc1", "linear", foldable(block.norm2, f"{name}.norm2")),
-        Site(f"{name}.mlp.fc2", "linear"),
+        Site(f"{name}.mlp.fc2", "linear", hidden=True),
     )
     return [Block(f"{name}.attn", attention), Block(f"{name}.mlp", mlp)]
 

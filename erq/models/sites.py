@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -24,12 +24,14 @@ class Site:
         norm: path of the LayerNorm whose output feeds this linear layer and only layers of the same
             block with the same `norm`; None if there is none or it cannot be folded.
         merging: whether it is Swin's patch merging, which ERQ as published does not reparameterize.
+        hidden: whether the MLP's activation function feeds this linear layer, and it alone.
     """
 
     name: str
     kind: SiteKind
     norm: str | None = None
     merging: bool = False
+    hidden: bool = field(default=False, compare=False)  # of use to calibration alone
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,9 @@ class TimmVit:
                 Site(f"{name}.attn.proj", "linear"),
             )
             out.append(Block(f"{name}.attn", attention))
-            out.append(Block(f"{name}.mlp", (*mlp, Site(f"{name}.mlp.fc2", "linear"))))
+            hidden = isinstance(getattr(block.mlp, "norm", None) or nn.Identity(), nn.Identity)
+            fc2 = Site(f"{name}.mlp.fc2", "linear", hidden=hidden)
+            out.append(Block(f"{name}.mlp", (*mlp, fc2)))
         heads = [n for n in ("head", "head_dist") if is_head(getattr(model, n, None))]
         out.append(Block("head", tuple(Site(n, "linear") for n in heads)))
         return out

@@ -28,7 +28,7 @@ _CONSTANT = 1e-4
 # Elements of one slice while errors are summed: its temporaries stay in a core's cache.
 _SLICE = 1 << 18
 # Scores at most that candidates for q and k are compared on.
-_SCORES = 1 << 20
+_SCORES = 1 << 18
 # A single row longer than this has its tails found among those that a sample says may be in them.
 _SAMPLED = 1 << 17
 _SAMPLE_STEP = 101
@@ -278,8 +278,8 @@ def fit_scores(
     bits: int,
     percentiles: tuple[float, ...],
     temperature: float,
-) -> tuple[AffineParams, AffineParams]:
-    """Affine params (0-d) of q and k by what the softmax of their product loses.
+) -> tuple[AffineParams, AffineParams, float]:
+    """Affine params (0-d) of q and k by what the softmax of their product loses, and that loss.
 
     A few tokens with large k may decide where all others look: clipping them is a small squared
     error of k and a large one of the attention. The candidates are those of `fit_tensor` and the
@@ -287,6 +287,9 @@ def fit_scores(
 
     Args:
         q, k: fp32 [B, H, T, D]. temperature: factor of the scores.
+
+    Returns:
+        Params of q and of k, and the KL divergence of the softmax, summed over a sample of rows.
     """
     check_bits(bits)
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
@@ -306,7 +309,7 @@ def fit_scores(
         rounded = fake_quantize(queries, best_q)
         best_k = min(of_k, key=lambda c: divergence(rounded, fake_quantize(keys, c)))
         rounded_keys = fake_quantize(keys, best_k)
-    return best_q, best_k
+    return best_q, best_k, divergence(rounded, rounded_keys)
 
 
 def _candidates(x: Tensor, bits: int, percentiles: tuple[float, ...]) -> list[AffineParams]:

@@ -159,6 +159,6 @@ def test_softmax_ranges_are_those_of_the_scores(tiny_vit: Callable[..., Any]) ->
     sim(x)
     handle.remove()
     percentiles = ACTIVATION_PERCENTILES["softmax"]
-    q, k = fit_scores(*seen, 4, percentiles, scores.temperature)
+    q, k, _ = fit_scores(*seen, 4, percentiles, scores.temperature)
     assert torch.equal(q.scale, scores.q_params.scale)
     assert torch.equal(k.zero_point, scores.k_params.zero_point)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -45,9 +46,10 @@ class Case:
         self.x = x
 
     def statistics(self) -> HeadStatistics:
-        stream = Stream([self.x])
-        k = gather(stream, self.run, self.attention.qk)[1]
-        return HeadStatistics.of(k, gather(stream, self.run, self.attention.av)[1])
+        attention = self.attention
+        q, k, v = gather(Stream([self.x]), self.run, attention.qk, attention.av, wanted=(0, 1, 3))
+        bits = 4 if rotates_scores(attention) else None
+        return HeadStatistics.of(q, k, v, bits, "softmax", attention.qk.temperature)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 8, 24, 32, 48, 64, 80])
@@ -69,7 +71,7 @@ def test_output_stays_and_operands_are_centred(
         it = Case(tiny_vit(qkv_bias=kind == "vit"))
     before = it.run(it.x)
     proj_before = observe(it.run, (it.attention.proj,), it.x)[0][0]
-    basis = rotate_heads(it.attention, it.statistics())
+    basis = rotate_heads(it.attention, replace(it.statistics(), turns_scores=True))
     assert basis is not None
     torch.testing.assert_close(it.run(it.x), before, rtol=1e-4, atol=1e-5)
     proj_after = observe(it.run, (it.attention.proj,), it.x)[0][0]
@@ -78,6 +80,24 @@ def test_output_stays_and_operands_are_centred(
     for centred in (after.k_mean, after.v_mean):
         assert float(centred.abs().max()) < 1e-4
     torch.testing.assert_close(after.v_size, torch.ones_like(after.v_size))
+
+
+def test_scores_turn_only_where_the_softmax_gains() -> None:
+    v = torch.randn(2, 2, 64, 16)
+    # One channel far larger than the others in all tokens: a rotation evens them out.
+    q, uneven = torch.randn(2, 2, 64, 16), torch.randn(2, 2, 64, 16)
+    q[..., 0] *= 0.4
+    uneven[..., 0] *= 20
+    # A key that decides, alike in all channels: the rotation would gather it in one.
+    single_q, single_k = torch.randn(2, 2, 64, 16) + 1, torch.randn(2, 2, 64, 16) * 0.3
+    single_k[:, :, 5] = 2.5
+
+    def turns(q: Tensor, k: Tensor, bits: int | None = 4) -> bool:
+        return HeadStatistics.of(q, k, v, bits, "softmax", 0.25).turns_scores
+
+    assert turns(q, uneven)
+    found = {turns(single_q, single_k), turns(q, uneven, None)}
+    assert found == {False}
 
 
 def test_values_without_any_size_are_left_finite(tiny_vit: Build) -> None:

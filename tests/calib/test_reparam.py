@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from erq.calib.calibrate import calibrate_site
 from erq.calib.observers import Stream
 from erq.calib.prepare import insert_simulated
-from erq.calib.reparam import Fold, apply_fold, plan_fold
+from erq.calib.reparam import Fold, apply_fold, fold_input, plan_fold
 from erq.calib.simulate import SimLinear
 from erq.config import QuantConfig
 from erq.models import adapter_for
 from erq.quant import AffineParams, fake_quantize, quantize
-from erq.quant.fit import fit_channels
+from erq.quant.fit import fit_channels, fit_tensor
 
 
 def post_norm(rows: int = 400, channels: int = 24) -> tuple[nn.LayerNorm, Tensor]:
@@ -57,6 +57,28 @@ def test_values_equal_the_per_channel_ones(bits: int) -> None:
     expected = fake_quantize(y.t().contiguous(), channels).t()
     off = (back - expected).abs() > 1e-4 * (1 + expected.abs())
     assert float(off.float().mean()) < 1e-4
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_an_input_s_fold_keeps_the_layer_and_quantizes_channel_by_channel(bits: int) -> None:
+    torch.manual_seed(0)
+    x = nn.functional.gelu(torch.randn(400, 24) * torch.rand(24).mul(4) + torch.randn(24))
+    linear = nn.Linear(24, 5)
+    layer = SimLinear(linear.weight, linear.bias)
+    channels = fit_channels(x, bits)
+    fold = plan_fold(channels)
+    torch.testing.assert_close(fold.channels.scale, channels.scale)
+    assert torch.equal(fold.channels.zero_point, channels.zero_point)
+    fold_input(fold, layer)
+    assert layer.x_params is fold.params and layer.x_channels is not None
+    # The same function of the folded input in full precision …
+    folded = nn.functional.linear(fold.apply(x), layer.weight, layer.bias)
+    torch.testing.assert_close(folded, linear(x), rtol=1e-4, atol=1e-4)
+    # … and on codes that of the input quantized channel by channel.
+    fake = fake_quantize(x.t().contiguous(), channels).t()
+    torch.testing.assert_close(layer(x), linear(fake), rtol=1e-3, atol=1e-3)
+    tensor = fake_quantize(x, fit_tensor(x, bits))
+    assert (fake - x).square().mean() < (tensor - x).square().mean()
 
 
 def test_dead_channels_give_a_finite_fold() -> None:

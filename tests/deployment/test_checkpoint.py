@@ -234,8 +234,10 @@ def test_inspect_reads_the_header(saved: Saved) -> None:
         "shape": [72, 24],
         "dual": 3,
         "bias": True,
+        "channels": False,
         "errors": {},
     }
+    assert header["sites"]["blocks.0.mlp.fc2"]["channels"] is True
     assert QuantConfig.from_dict(header["config"]) == QuantConfig.from_dict(CONFIG)
 
 
@@ -559,6 +561,8 @@ BAD_VALUES: list[tuple[str, int, float, str]] = [
     (f"{FC2}.x_scale", 0, 0.0, "must be finite and > 0"),
     (f"{FC2}.x_scale", 0, -0.1, "must be finite and > 0"),
     (f"{FC2}.x_zero_point", 0, -(2**31), "must be below 2**24"),
+    (f"{FC2}.x_channel_scale", 5, 0.0, "must be finite and > 0"),
+    (f"{FC2}.x_channel_zero_point", 5, 2**30, "must be below 2**24"),
     ("blocks.0.attn.qk.q_scale", 0, 0.0, "must be finite and > 0"),
     ("blocks.0.attn.qk.k_scale", 0, -1.0, "must be finite and > 0"),
     ("blocks.0.attn.qk.k_zero_point", 0, 2**12, "must be below 2**12"),
@@ -612,7 +616,11 @@ def test_any_signed_bytes_give_a_network_or_one_error(saved: Saved, data: st.Dat
 
 def test_format_1_says_what_its_settings_were(saved: Saved) -> None:
     header = edited(saved.header, ("format",), 1)
-    for name in ("rotate_heads", "ranges"):  # fields that came with format 2
+    for name in (
+        "rotate_heads",
+        "ranges",
+        "reparameterize_hidden",
+    ):  # fields that came with format 2
         header = edited(header, ("config", name), DROP)
     file = saved.write(header)
     net: Any = erq.load(file, backend="reference")
@@ -745,6 +753,11 @@ BAD_HEADERS: list[tuple[tuple[str | int, ...], Any, str]] = [
     ((*SITE, "errors"), [1], f"site {QKV}: errors must be an object of numbers"),
     ((*SITE, "errors"), {"error_float": "x"}, f"site {QKV}: errors must be an object of numbers"),
     (("sites", "head", "scheme"), "dual", "site head: dual must be 0 in the affine scheme"),
+    ((*SITE, "channels"), 1, f"site {QKV}: channels must be true or false, got 1"),
+    ((*SITE, "channels"), True, f"tensor {QKV}.x_channel_scale is missing"),
+    (("sites", FC2, "channels"), False, f"tensor {FC2}.x_channel_scale is unknown"),
+    (("sites", FC2, "a_bits"), 16, f"site {FC2}: channels must be false with float activations"),
+    (("sites", "patch_embed.proj", "channels"), True, "channels must be false, got True"),
     (("sites", "patch_embed.proj", "a_bits"), 4, "tensor patch_embed.proj.x_scale is missing"),
     (("sites", "patch_embed.proj", "scheme"), "dual", "scheme must be affine, got 'dual'"),
     (("sites", "blocks.0.attn.qk"), DROP, "blocks.0.attn: qk and av must both be sites"),

@@ -315,7 +315,8 @@ def test_scores_keep_the_few_keys_that_decide() -> None:
         return float((p * (p.log() - (scores * 0.25).log_softmax(-1))).sum())
 
     percentiles = ACTIVATION_PERCENTILES["softmax"]
-    chosen = fit_scores(q, k, 4, percentiles, 0.25)
+    *chosen, loss = fit_scores(q, k, 4, percentiles, 0.25)
+    assert loss == pytest.approx(lost(*chosen), rel=1e-3)
     plain = (fit_tensor(q, 4, percentiles), fit_tensor(k, 4, percentiles))
     assert lost(*chosen) < 0.7 * lost(*plain)
     top = (15 - chosen[1].zero_point) * chosen[1].scale
