@@ -191,19 +191,22 @@ def main() -> None:
             base_name = next(iter(theirs))
             base = measured[base_name].median
             for way, spread in measured.items():
-                report(f"{name} {shape}", way, spread, base)
+                report(f"{name} {shape}", way, spread, base, way == base_name)
                 results.add(
                     {"kernel": name, "shape": shape, "bits": args.bits, "way": way}
                     | {"ms": spread.median, "low": spread.low, "high": spread.high}
                     | {"baseline": base_name, "ratio": round(base / spread.median, 3)}
                 )
-    print(f"ratios: first way of each kernel / this way; rows in {results.path}")
+    print(f"ratios: baseline of the same kernel / this way; rows in {results.path}")
 
 
-def report(what: str, way: str, spread: Spread, base: float) -> None:
+def report(what: str, way: str, spread: Spread, base: float, is_baseline: bool) -> None:
     """One row of the table."""
-    quarters = f"{spread.low:.4f}–{spread.high:.4f}"
-    print(f"{what:<52}{way:<18}{spread.median:>9.4f}{quarters:>20}{base / spread.median:>8.2f}")
+    quarters, ratio = f"{spread.low:.4f}–{spread.high:.4f}", base / spread.median
+    print(
+        f"{what:<52}{way:<18}{spread.median:>9.4f}{quarters:>20}{ratio:>8.2f}"
+        + ("  baseline" if is_baseline else "")
+    )
 
 
 if __name__ == "__main__":
