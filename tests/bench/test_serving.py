@@ -54,7 +54,8 @@ def test_a_model_that_serves(tmp_path: Path) -> None:
     if not _cpu.supported_variants():
         pytest.skip("the CPU library is not built")
     environment = os.environ | {"PYTHONPATH": str(BENCH.parent), "ERQ_RESULTS": str(tmp_path)}
-    options = ["--smoke", "--model", "vit_tiny_patch16_224", "--calls", "50", "--seconds", "0.01"]
+    options = ["--smoke", "--model", "vit_tiny_patch16_224", "--calls", "50"]
+    options += ["--seconds", "0.01", "--threads", "1"]
     done = subprocess.run(
         [sys.executable, str(BENCH / "serving.py"), *options],
         env=environment, capture_output=True, text=True,
