@@ -244,7 +244,7 @@ def _change_tensor(rng: random.Random, tensors: dict[str, Tensor]) -> None:
     elif kind == 3:
         flat = tensor.reshape(-1)
         tensors[name] = rng.choice((flat[:-1], flat[:0], torch.cat([flat, flat]), tensor[None]))
-    elif tensor.numel():
+    elif tensor.numel() and tensor.dtype != torch.bool:
         flat = tensor.reshape(-1)
         at = rng.randrange(len(flat))
         if tensor.is_floating_point():

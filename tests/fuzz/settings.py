@@ -230,7 +230,7 @@ class CommandLines(Target):
         require(code in (0, 1, 2), f"exit code {code}")
         if code == 0:
             require(result.stderr.count("\n") <= 3, f"stderr: {result.stderr[:300]}")
-            if "--json" in words and result.stdout and "--help" not in words:
+            if result.stdout.startswith("{"):
                 json.loads(result.stdout)
             return f"accepted {words[0] if words else ''}"
         if not words:
