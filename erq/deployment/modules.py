@@ -86,7 +86,8 @@ def not_finite(x: Tensor, dim: int | list[int]) -> Tensor:
         dim: dimensions that share one result; they are kept, with size 1.
     """
     # Infinity, and a sum beyond fp32, times 0 is NaN.
-    return x.detach().sum(dim, keepdim=True, dtype=torch.float32) * 0.0
+    values = x.detach() if x.requires_grad else x
+    return values.sum(dim, keepdim=True, dtype=torch.float32) * 0.0
 
 
 class _Deployed(nn.Module):
