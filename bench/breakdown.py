@@ -1,9 +1,10 @@
 """Where a deployed model's time goes on this CPU, op by op: `python bench/breakdown.py`.
 
 Each op of a pass is timed inside whole passes, at the call of its kernel; "outside" is the rest of
-the pass: Python, torch's dispatcher, and the ops that stay in floating point. The floor of an
-integer product is its multiplications at the rate of this machine's best int8 GEMM, that of other
-ops their bytes at the rate of a copy; both are measured in the same run.
+the pass: Python, torch's dispatcher, and the ops that stay in floating point. The time of a call
+for a whole block is divided among its ops as the library measures them inside, over all threads.
+The floor of an integer product is its multiplications at the rate of this machine's best int8 GEMM,
+that of other ops their bytes at the rate of a copy; both are measured in the same run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import timm
@@ -20,7 +22,8 @@ from models import CALIBRATION_IMAGES, deployed
 from torch import Tensor
 
 from erq.deployment.network import set_backend
-from erq_kernels import dispatch
+from erq_kernels import _cpu, dispatch
+from erq_kernels._cpu import BlockArguments
 
 
 def median(values: list[float]) -> float:
@@ -38,10 +41,13 @@ def best_seconds(call: Any, rounds: int = 15) -> float:
 
 
 def int8_rate() -> float:
-    """Multiplications and additions per second of torch's int8 GEMM at its best size."""
-    a = torch.randint(0, 16, (2048, 1536), dtype=torch.int8)
-    b = torch.randint(-8, 8, (1536, 1536), dtype=torch.int8).t()
-    return 2 * 2048 * 1536 * 1536 / best_seconds(lambda: torch._int_mm(a, b))
+    """Multiplications and additions per second of torch's int8 GEMM at its best of some sizes."""
+    rates = []
+    for m, n, k in ((2048, 1536, 1536), (1024, 1024, 8192), (4096, 4096, 4096)):
+        a = torch.randint(0, 16, (m, k), dtype=torch.int8)
+        b = torch.randint(-8, 8, (n, k), dtype=torch.int8).t()
+        rates.append(2 * m * n * k / best_seconds(partial(torch._int_mm, a, b)))
+    return max(rates)
 
 
 def copy_rate() -> float:
@@ -69,8 +75,41 @@ def work_of(op: str, args: tuple[Any, ...], result: Tensor) -> tuple[str, int, i
     return f"{op} {'×'.join(map(str, args[0].shape))}", 0, moved
 
 
+def work_of_block(x: Tensor, a: BlockArguments) -> list[tuple[str, int, int]]:
+    """As `work_of`, for each of BLOCK_PARTS."""
+    b, t, width = x.shape
+    m, float_bytes = b * t, x.element_size()
+    rows = [m * width * float_bytes, m * width * float_bytes * 2]  # read; read and written
+
+    def product(name: str, operands: dict[str, Any], moved: int) -> tuple[str, int, int]:
+        n, k = operands["weight"].shape
+        return f"{name} {m}×{n}×{k}", 2 * m * n * k, m * k + n * k + moved
+
+    def norm(columns: int) -> tuple[str, int, int]:
+        return f"layer_norm_quantize {m}×{width}", 0, rows[0] + m * columns
+
+    heads = a.heads * a.head_dim
+    return [
+        norm(a.qkv["weight"].shape[1]),
+        product("qkv", a.qkv, 3 * m * heads),
+        (f"qattention {b}×{a.heads}×{t}×{a.head_dim}", 6 * b * t * t * heads, 4 * m * heads),
+        product("proj", a.proj, rows[1]),
+        norm(a.fc1["weight"].shape[1]),
+        product("fc1", a.fc1, m * a.fc1["weight"].shape[0]),
+        product("fc2", a.fc2, rows[1]),
+    ]
+
+
 def measure(net: Any, x: Tensor, passes: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Milliseconds per pass of each op and of the whole, and the work of each op in a pass."""
+    with _cpu.timed_blocks() as times:
+        return _measure(net, x, passes, times)
+
+
+def _measure(
+    net: Any, x: Tensor, passes: int, times: Tensor
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """`measure`, with `times` those of the blocks."""
     real = dispatch.call
     spent: dict[str, float] = defaultdict(float)
     work: dict[str, Any] = {}
@@ -79,10 +118,17 @@ def measure(net: Any, x: Tensor, passes: int) -> tuple[dict[str, list[float]], d
         start = time.perf_counter()
         result = real(op, backend, *args)
         seconds = time.perf_counter() - start
-        label, operations, moved = work_of(op, args, result)
-        spent[label] += seconds
-        count, *_ = work.get(label, (0, 0, 0))
-        work[label] = (count + 1, operations, moved)
+        if op == "block":
+            parts = times.tolist()
+            shares = [seconds * part / sum(parts) for part in parts]
+            times.zero_()
+            done = list(zip(work_of_block(*args), shares, strict=True))
+        else:
+            done = [(work_of(op, args, result), seconds)]
+        for (label, operations, moved), share in done:
+            spent[label] += share
+            count, *_ = work.get(label, (0, 0, 0))
+            work[label] = (count + 1, operations, moved)
         return result
 
     columns: dict[str, list[float]] = defaultdict(list)
@@ -148,7 +194,8 @@ def main() -> None:
                 )
                 results.add(
                     {"model": args.model, "bits": args.bits, "batch": batch, "op": label}
-                    | {"backend": args.backend, "calls": count, "ms": round(ms, 4)}
+                    | {"backend": args.backend, "variant": _cpu.variant(), "calls": count}
+                    | {"ms": round(ms, 4)}
                     | {"floor_ms": round(floor, 4)}
                     | {"int8_gops": round(operations_rate / 1e9), "copy_gb_s": byte_rate / 1e9}
                 )

@@ -12,15 +12,16 @@ constexpr float kLog2E = 1.44269504f;
 constexpr float kSqrt2 = 1.41421356f;
 constexpr int kMaxPlanes = 16;
 
-// 2^x for x from −150 to 127, relative error below 2e-7.
+// 2^x for x from −125 to 127, relative error below 2e-7.
 inline F exp2_of(F x) {
-  const F n = round_even(x), f = sub(x, n);
+  const F magic = set(12582912.0f);  // a sum with it is whole, its lowest bits are the number
+  const F place = add(x, magic), f = sub(x, sub(place, magic));
   F y = fma(set(1.3266971e-3f), f, set(9.67546e-3f));
   y = fma(y, f, set(5.5507425e-2f));
   y = fma(y, f, set(0.24022122f));
   y = fma(y, f, set(0.69314694f));
   y = fma(y, f, set(1.0000001f));
-  return scale2(y, n);
+  return scale2(y, bits_of(place));
 }
 
 struct ZeroPoints {
@@ -55,7 +56,8 @@ struct Space {
   int64_t keys, dims, d_groups, t_groups, weight_stride;
   int8_t *k, *v;
   int32_t *k_sums, *first, *scores, *even, *odd, *zeros;
-  float *s, *values, *inv_scale, *zero_point;
+  float *s, *values;
+  Encoder encode;
   double *even_total, *odd_total;
   A *q, *weights;
   uint8_t *codes;
@@ -81,18 +83,17 @@ struct Space {
     values = p.take<float>(is_float ? a.t * dims : 0);
     k_sums = p.take<int32_t>(keys);
     first = p.take<int32_t>(keys);
-    scores = p.take<int32_t>(kMr * keys);
-    s = p.take<float>(kMr * keys);
-    even = p.take<int32_t>(kMr * dims);
-    odd = p.take<int32_t>(kMr * dims);
-    even_total = p.take<double>(kMr * dims);
-    odd_total = p.take<double>(kMr * dims);
+    scores = p.take<int32_t>(kScoreRows * keys);
+    s = p.take<float>(kScoreRows * keys);
+    even = p.take<int32_t>(2 * kScoreRows * dims);
+    odd = even == nullptr ? nullptr : even + kScoreRows * dims;
+    even_total = p.take<double>(kScoreRows * dims);
+    odd_total = p.take<double>(kScoreRows * dims);
     zeros = p.take<int32_t>(dims);
-    inv_scale = p.take<float>(dims);
-    zero_point = p.take<float>(dims);
-    q = p.take<A>(kMr * d_groups * kGroup + kLine);
-    weights = p.take<A>(kMr * weight_stride);
-    codes = p.take<uint8_t>(kMr * weight_stride);
+    encode.take(p, dims);
+    q = p.take<A>(kScoreRows * d_groups * kGroup + kLine);
+    weights = p.take<A>(2 * kScoreRows * weight_stride);
+    codes = p.take<uint8_t>(kScoreRows * weight_stride);
     row = p.take<char>(dims * 4);
     used = p.used();
   }
@@ -104,6 +105,11 @@ inline void pack_values(const int8_t *v, int64_t stride, int64_t t, int64_t d, i
   for (int64_t c0 = 0; c0 < d; c0 += kPanel, to += groups * kPanel * kGroup) {
     const int64_t count = d - c0 < kPanel ? d - c0 : kPanel;
     for (int64_t g = 0; g < groups; ++g) {
+      if constexpr (kHasInterleave) {
+        interleave_rows(v + g * kGroup * stride + c0, stride, t - g * kGroup, count, shift,
+                        to + g * kPanel * kGroup);
+        continue;
+      }
       uint8_t lines[kGroup][kPanel] = {};
       for (int64_t i = 0; i < kGroup && g * kGroup + i < t; ++i) {
         const int8_t *from = v + (g * kGroup + i) * stride + c0;
@@ -130,6 +136,7 @@ class HeadTask {
         head(args, b, h),
         zero(args),
         is_float(args.p_inv_scale == nullptr),
+        is_direct(!zero.is_wide && args.bias == nullptr && *args.score_scale > 0.0f),
         space(args, is_float),
         planes(ceil_div((int64_t{1} << args.av_bits) / 2, 8)),
         p_level(is_float ? 0.0f : log2f(*args.p_inv_scale)),
@@ -139,10 +146,10 @@ class HeadTask {
 
   void run(int64_t row, int64_t last) {
     [[maybe_unused]] const Tiles tiles;
-    for (; row < last; row += kMr) {
-      const int64_t rows = last - row < kMr ? last - row : kMr;
+    for (; row < last; row += kScoreRows) {
+      const int64_t rows = last - row < kScoreRows ? last - row : kScoreRows;
       score(row, rows);
-      for (int64_t r = 0; r < rows; ++r) soften(row + r, r);
+      soften(rows);
       if (is_float) {
         for (int64_t r = 0; r < rows; ++r) average(row + r, r);
       } else {
@@ -156,11 +163,13 @@ class HeadTask {
   const ErqAttention &a;
   const Head head;
   const ZeroPoints zero;
-  const bool is_float;
+  const bool is_float, is_direct;  // is_direct: scores are whole numbers times a scale
   Space space;
   const int64_t planes;
   const float p_level;
   const int64_t out_row;
+  Meanwhile nothing;
+  int32_t row_term[kScoreRows];
   int highest = 0, lowest = 255;  // codes of the rows at hand
   uint8_t tables[2][kMaxPlanes][256];
 
@@ -176,7 +185,7 @@ class HeadTask {
       for (int64_t t = 0; t < space.keys; ++t)
         space.first[t] = static_cast<int32_t>(zero.q * (a.d * zero.k - space.k_sums[t]));
     if (a.out_type == ERQ_CODES)
-      load_quantizer(a.quantizer, 0, a.d, space.dims, space.inv_scale, space.zero_point);
+      space.encode.fill(a.quantizer, 0, a.d, space.dims);
     if (is_float) {
       for (int64_t t = 0; t < a.t; ++t)
         for (int64_t d = 0; d < space.dims; ++d)
@@ -192,39 +201,32 @@ class HeadTask {
       tables[code & 1][code >> 4][code] = static_cast<uint8_t>(128 >> (code >> 1 & 7));
   }
 
-  // Scores of `rows` query rows, fp32 and −inf beyond the last key.
+  // Scores of `rows` query rows as they come from `dot`, or complete in `s`.
   void score(int64_t row, int64_t rows) {
     const int64_t lda = space.d_groups * kGroup, group_bytes = kPanel * kGroup;
-    int32_t row_term[kMr];
     for (int64_t r = 0; r < rows; ++r) {
-      const int8_t *q = head.q + (row + r) * a.q_strides[2];
-      widen_row(q, space.q + r * lda, a.d);
-      int64_t total = 0;
-      for (int64_t d = 0; d < a.d; ++d) total += q[d];
-      row_term[r] = static_cast<int32_t>(-zero.k * (total + kShift * a.d));
+      widen_row(head.q + (row + r) * a.q_strides[2], space.q + r * lda, a.d);
+      row_term[r] = static_cast<int32_t>(-zero.k * sum_bytes(space.q + r * lda, a.d));
+      if (zero.is_wide) score_wide(row + r, r);
     }
-    const F scale = set(*a.score_scale);
-    if (zero.is_wide) {
-      for (int64_t r = 0; r < rows; ++r) score_wide(row + r, r);
-    } else {
+    if (!zero.is_wide)
       for (int64_t t = 0; t < a.t; t += kPanel)
         choose_dot(rows, a.t - t)(space.d_groups, space.q, lda,
                                   space.k + t / kPanel * space.d_groups * group_bytes, group_bytes,
-                                  space.first + t, space.scores + t, space.keys);
-      for (int64_t r = 0; r < rows; ++r) {
-        const I term = set(row_term[r]);
-        const int32_t *from = space.scores + r * space.keys;
-        float *to = space.s + r * space.keys;
-        for (int64_t t = 0; t < a.t; t += kW)
-          store(to + t, mul(to_float(add(load(from + t), term)), scale));
-      }
-    }
+                                  space.first + t, space.scores + t, space.keys, nothing);
+    if (is_direct) return;
     const int64_t end = round_up(a.t, kW);
     for (int64_t r = 0; r < rows; ++r) {
       float *to = space.s + r * space.keys;
+      for (int64_t t = 0; !zero.is_wide && t < end; t += kW) store(to + t, direct_score(r, t));
       if (head.bias != nullptr) add_bias(head.bias + (row + r) * a.bias_strides[2], to);
       for (int64_t t = a.t; t < end; ++t) to[t] = -INFINITY;
     }
+  }
+
+  F direct_score(int64_t r, int64_t t) const {
+    const I sums = load(space.scores + r * space.keys + t);
+    return mul(to_float(add(sums, set(row_term[r]))), set(*a.score_scale));
   }
 
   void score_wide(int64_t row, int64_t r) {
@@ -246,41 +248,75 @@ class HeadTask {
     for (; t < a.t; ++t) to[t] += bias[t * stride];
   }
 
-  // Scores to log-√2 codes, or to probabilities.
-  void soften(int64_t, int64_t r) {
-    float *s = space.s + r * space.keys;
-    const int64_t end = round_up(a.t, kW);
+  // The largest score of a row.
+  float highest_score(int64_t r) const {
+    if (is_direct) {
+      // The whole numbers are in the order of the scores.
+      const int32_t *from = space.scores + r * space.keys;
+      const int64_t whole = a.t / kW * kW;
+      int32_t top = from[0];
+      if (whole > 0) {
+        I m = load(from);
+        for (int64_t t = kW; t < whole; t += kW) m = max(m, load(from + t));
+        top = max(m);
+      }
+      for (int64_t t = whole; t < a.t; ++t) top = from[t] > top ? from[t] : top;
+      return static_cast<float>(top + row_term[r]) * *a.score_scale;
+    }
+    const float *s = space.s + r * space.keys;
     F m = load(s);
-    for (int64_t t = kW; t < end; t += kW) m = max(m, load(s + t));
-    m = set(max(m));
+    for (int64_t t = kW; t < a.t; t += kW) m = max(m, load(s + t));
+    return max(m);
+  }
+
+  // Replaces a row of scores by (score − top) · log2 e, or by its power of 2 if probabilities stay
+  // float; returns the sum of those powers.
+  float exponentiate(int64_t r, float top) {
+    float *to = space.s + r * space.keys;
+    const F m = set(top), log2e = set(kLog2E), least = set(-125.0f);
+    const bool keeps_powers = is_float;
     F z = set(0.0f);
-    const F log2e = set(kLog2E), least = set(-150.0f);
-    for (int64_t t = 0; t < end; t += kW) {
-      const F x = mul(sub(load(s + t), m), log2e), e = exp2_of(max(x, least));
-      store(s + t, is_float ? e : x);
+    const auto step = [&](F s, int64_t t) {
+      F x = mul(sub(s, m), log2e);
+      if (t + kW > a.t) x = first_of(x, a.t - t, set(-INFINITY));
+      const F e = exp2_of(max(x, least));
+      store(to + t, keeps_powers ? e : x);
       z = add(z, e);
-    }
-    const float total = sum(z);
-    if (is_float) {
-      const F inverse = set(1.0f / total);
-      for (int64_t t = 0; t < end; t += kW) store(s + t, mul(load(s + t), inverse));
-      return;
-    }
-    const F c = set(2.0f * (log2f(total) - p_level));
+    };
+    if (is_direct)
+      for (int64_t t = 0; t < a.t; t += kW) step(direct_score(r, t), t);
+    else
+      for (int64_t t = 0; t < a.t; t += kW) step(load(to + t), t);
+    return sum(z);
+  }
+
+  // Scores of rows to log-√2 codes, or to probabilities.
+  void soften(int64_t rows) {
+    float total[kScoreRows];
+    for (int64_t r = 0; r < rows; ++r) total[r] = highest_score(r);
+    for (int64_t r = 0; r < rows; ++r) total[r] = exponentiate(r, total[r]);
     const F zero_level = set(0.0f), top = set(static_cast<float>((1 << a.av_bits) - 1));
     const F minus_two = set(-2.0f);
-    uint8_t *codes = space.codes + r * space.weight_stride;
-    for (int64_t t = 0; t < end; t += kW) {
-      const F level = min(max(fma(load(s + t), minus_two, c), zero_level), top);
-      store_bytes(reinterpret_cast<int8_t *>(codes + t), to_int(level));
+    for (int64_t r = 0; r < rows; ++r) {
+      float *s = space.s + r * space.keys;
+      if (is_float) {
+        const F inverse = set(1.0f / total[r]);
+        for (int64_t t = 0; t < a.t; t += kW) store(s + t, mul(load(s + t), inverse));
+        continue;
+      }
+      const F c = set(2.0f * (log2f(total[r]) - p_level));
+      uint8_t *codes = space.codes + r * space.weight_stride;
+      for (int64_t t = 0; t < a.t; t += kW) {
+        const F level = min(max(fma(load(s + t), minus_two, c), zero_level), top);
+        store_bytes(reinterpret_cast<int8_t *>(codes + t), to_int(level));
+      }
     }
   }
 
   // Σ weight · v of each parity, over all planes.
   void sum_values(int64_t rows) {
     if (planes == 1) {
-      sum_plane(rows, 0, 0, space.even);
-      sum_plane(rows, 1, 0, space.odd);
+      sum_plane(rows, 0);
       return;
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -291,35 +327,48 @@ class HeadTask {
       }
     }
     const int64_t count = rows * space.dims;
-    for (int parity = 0; parity < 2; ++parity) {
-      double *total = parity ? space.odd_total : space.even_total;
-      int32_t *sums = parity ? space.odd : space.even;
-      for (int64_t i = 0; i < count; ++i) total[i] = 0.0;
-      for (int64_t plane = lowest >> 4; plane <= highest >> 4; ++plane) {
-        sum_plane(rows, parity, plane, sums);
-        const double unit = ldexp(1.0, static_cast<int>(-(8 * plane + 7 + parity)));
-        for (int64_t i = 0; i < count; ++i) total[i] += sums[i] * unit;
+    for (int64_t i = 0; i < count; ++i) space.even_total[i] = space.odd_total[i] = 0.0;
+    for (int64_t plane = lowest >> 4; plane <= highest >> 4; ++plane) {
+      sum_plane(rows, plane);
+      const double unit = ldexp(1.0, static_cast<int>(-(8 * plane + 7)));
+      for (int64_t i = 0; i < count; ++i) {
+        space.even_total[i] += space.even[i] * unit;
+        space.odd_total[i] += space.odd[i] * (unit / 2);
       }
     }
   }
 
-  void sum_plane(int64_t rows, int parity, int64_t plane, int32_t *out) {
-    const int64_t group_bytes = kPanel * kGroup;
+  // Of one plane, for both parities: the weights of odd codes, and their sums, come kScoreRows rows
+  // after those of even codes, so that one product can do for both.
+  void sum_plane(int64_t rows, int64_t plane) {
+    const int64_t group_bytes = kPanel * kGroup, stride = space.weight_stride;
+    A *odd_weights = space.weights + kScoreRows * stride;
     for (int64_t r = 0; r < rows; ++r) {
-      A *weights = space.weights + r * space.weight_stride;
-      look_up(space.codes + r * space.weight_stride, weights, a.t, tables[parity][plane],
-              static_cast<int>(a.av_bits));
+      const uint8_t *codes = space.codes + r * stride;
+      const int bits = static_cast<int>(a.av_bits);
+      look_up(codes, space.weights + r * stride, a.t, tables[0][plane], bits);
+      look_up(codes, odd_weights + r * stride, a.t, tables[1][plane], bits);
     }
-    for (int64_t d = 0; d < a.d; d += kPanel)
-      choose_dot(rows, a.d - d)(space.t_groups, space.weights, space.weight_stride,
-                                space.v + d / kPanel * space.t_groups * group_bytes, group_bytes,
-                                space.zeros, out + d, space.dims);
+    for (int64_t d = 0; d < a.d; d += kPanel) {
+      const int8_t *v = space.v + d / kPanel * space.t_groups * group_bytes;
+      const auto multiply = [&](int64_t count, const A *weights, int32_t *out) {
+        choose_dot(count, a.d - d)(space.t_groups, weights, stride, v, group_bytes, space.zeros,
+                                   out + d, space.dims, nothing);
+      };
+      if constexpr (2 * kScoreRows <= kMr) {
+        multiply(kScoreRows + rows, space.weights, space.even);
+      } else {
+        multiply(rows, space.weights, space.even);
+        multiply(rows, odd_weights, space.odd);
+      }
+    }
     if (zero.v_fits) return;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int32_t term = static_cast<int32_t>(
-          zero.v * sum_bytes(space.weights + r * space.weight_stride, a.t));
-      for (int64_t d = 0; d < a.d; ++d) out[r * space.dims + d] -= term;
-    }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t at : {r, kScoreRows + r}) {
+        const int32_t term =
+            static_cast<int32_t>(zero.v * sum_bytes(space.weights + at * stride, a.t));
+        for (int64_t d = 0; d < a.d; ++d) space.even[at * space.dims + d] -= term;
+      }
   }
 
   void combine(int64_t row, int64_t r) {
@@ -370,10 +419,7 @@ class HeadTask {
 
   void write(char *to, int64_t d, F y) const {
     if (a.out_type == ERQ_CODES) {
-      const CodeRange range(a.quantizer.bits);
-      store_bytes(reinterpret_cast<int8_t *>(to) + d,
-                  encode(y, load(space.inv_scale + d), load(space.zero_point + d), set(range.low),
-                         set(range.high)));
+      store_bytes(reinterpret_cast<int8_t *>(to) + d, space.encode.columns(d)(y));
     } else {
       store(reinterpret_cast<float *>(to) + d, y);
     }
@@ -392,9 +438,9 @@ void attention(const ErqAttention &a) {
   if (heads == 0 || a.t == 0 || a.d == 0) return;
   // Heads alone where they are many; else rows of one are divided, and its k and v read again.
   int64_t parts = a.threads > 1 ? ceil_div(4 * a.threads, heads) : 1;
-  const int64_t most = ceil_div(a.t, 8 * kMr);
+  const int64_t most = ceil_div(a.t, 8 * kScoreRows);
   if (parts > most) parts = most;
-  const int64_t rows = round_up(ceil_div(a.t, parts), kMr);
+  const int64_t rows = round_up(ceil_div(a.t, parts), kScoreRows);
   parallel_for(heads * parts, static_cast<int>(a.threads), [&](int64_t task) {
     const int64_t head = task / parts, row = task % parts * rows;
     if (row >= a.t) return;

@@ -4,14 +4,15 @@
 namespace erq {
 namespace ERQ_VARIANT {
 
-constexpr int kMr = 6, kRowUnit = 1, kStep = kGroup, kTaskRows = 48;
+constexpr int kMr = 6, kRowUnit = 1, kStep = kGroup, kTaskRows = 48, kScoreRows = kMr, kTileColumns = kNr * kW;
+constexpr bool kOverlaps = false;
 
 struct Tiles {};
 
 // out[r][c] = init[c] + Σ a[r][·] b[·][c] over `groups` groups of kGroup.
 template <int MR, int NR>
 void dot(int64_t groups, const A *a, int64_t lda, const int8_t *b, int64_t ldb,
-         const int32_t *init, int32_t *out, int64_t ldo) {
+         const int32_t *init, int32_t *out, int64_t ldo, Meanwhile &) {
   __m512i acc[MR][NR];
 #pragma GCC unroll 8
   for (int c = 0; c < NR; ++c) {

@@ -11,13 +11,31 @@ struct Gather {
   uint8_t *low, *high;
 };
 
+// Σ of `n` floats, a whole number of vectors, by a function of each vector.
+template <typename Each>
+float sum_of(int64_t n, const Each &each) {
+  F s[4] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)};
+  int64_t i = 0;
+  for (; i + 4 * kW <= n; i += 4 * kW)
+    for (int j = 0; j < 4; ++j) s[j] = add(s[j], each(i + j * kW));
+  for (; i < n; i += kW) s[0] = add(s[0], each(i));
+  return sum(add(add(s[0], s[1]), add(s[2], s[3])));
+}
+
 void normalize_rows(const ErqLayerNorm &a, const Gather &gather, int64_t row, int64_t last) {
+  // Of so many rows the same step at once, since each ends in a chain of dependent instructions.
+  constexpr int64_t kTogether = 4;
   const int64_t room = round_up(a.k, kW), wide = round_up(a.columns, kLine);
-  float *x = nullptr, *weight = nullptr, *bias = nullptr, *inv_scale = nullptr, *zero = nullptr;
+  const bool in_place = a.x_type == ERQ_FLOAT32 && a.k % kW == 0;
+  float *copies = nullptr, *weight = nullptr, *bias = nullptr;
+  Encoder encode = {};
   int8_t *codes = nullptr, *gathered = nullptr;
   const auto divide = [&](void *memory) {
     Pieces pieces(memory);
-    for (float **p : {&x, &weight, &bias, &inv_scale, &zero}) *p = pieces.take<float>(room);
+    copies = pieces.take<float>(in_place ? 0 : kTogether * room);
+    weight = pieces.take<float>(room);
+    bias = pieces.take<float>(room);
+    encode.take(pieces, room);
     codes = pieces.take<int8_t>(round_up(a.k, 2 * kLine));
     gathered = pieces.take<int8_t>(wide);
     return pieces.used();
@@ -25,52 +43,50 @@ void normalize_rows(const ErqLayerNorm &a, const Gather &gather, int64_t row, in
   divide(thread_memory(divide(nullptr)));
   load_row(a.weight, ERQ_FLOAT32, 0, a.k, weight);
   load_row(a.bias, ERQ_FLOAT32, 0, a.k, bias);
-  load_quantizer(a.quantizer, 0, a.k, room, inv_scale, zero);
-  const CodeRange range(a.quantizer.bits);
-  const F low = set(range.low), high = set(range.high);
+  encode.fill(a.quantizer, 0, a.k, room);
   const float count = static_cast<float>(a.k);
   const int64_t whole = a.k / kW * kW;
-  for (; row < last; ++row) {
-    load_row(a.x, a.x_type, row * a.x_stride, a.k, x);
-    F s0 = set(0.0f), s1 = s0;
-    int64_t i = 0;
-    for (; i + 2 * kW <= room; i += 2 * kW) {
-      s0 = add(s0, load(x + i));
-      s1 = add(s1, load(x + i + kW));
+  for (; row < last; row += kTogether) {
+    const int64_t rows = last - row < kTogether ? last - row : kTogether;
+    const float *x[kTogether];
+    float mean[kTogether], rate[kTogether];
+    for (int64_t r = 0; r < rows; ++r) {
+      x[r] = static_cast<const float *>(a.x) + (row + r) * a.x_stride;
+      if (in_place) continue;
+      load_row(a.x, a.x_type, (row + r) * a.x_stride, a.k, copies + r * room);
+      x[r] = copies + r * room;
     }
-    if (i < room) s0 = add(s0, load(x + i));
-    const float mean = sum(add(s0, s1)) / count;
-    const F m = set(mean);
-    s0 = s1 = set(0.0f);
-    for (i = 0; i + 2 * kW <= whole; i += 2 * kW) {
-      const F d0 = sub(load(x + i), m), d1 = sub(load(x + i + kW), m);
-      s0 = fma(d0, d0, s0);
-      s1 = fma(d1, d1, s1);
+    for (int64_t r = 0; r < rows; ++r)
+      mean[r] = sum_of(room, [&](int64_t i) { return load(x[r] + i); }) / count;
+    for (int64_t r = 0; r < rows; ++r) {
+      const F m = set(mean[r]);
+      float squares = sum_of(whole, [&](int64_t i) {
+        const F d = sub(load(x[r] + i), m);
+        return mul(d, d);
+      });
+      for (int64_t i = whole; i < a.k; ++i) squares += (x[r][i] - mean[r]) * (x[r][i] - mean[r]);
+      rate[r] = static_cast<float>(1.0 / sqrt(squares / count + a.eps));
     }
-    if (i < whole) {
-      const F d = sub(load(x + i), m);
-      s0 = fma(d, d, s0);
-    }
-    float squares = sum(add(s0, s1));
-    for (i = whole; i < a.k; ++i) squares += (x[i] - mean) * (x[i] - mean);
-    const F r = set(static_cast<float>(1.0 / sqrt(squares / count + a.eps)));
-    int8_t *out = a.out + row * a.columns, *to = a.order == nullptr ? out : codes;
-    const auto value = [&](int64_t at) {
-      const F y = fma(mul(sub(load(x + at), m), r), load(weight + at), load(bias + at));
-      return encode(y, load(inv_scale + at), load(zero + at), low, high);
-    };
-    for (i = 0; i < whole; i += kW) store_bytes(to + i, value(i));
-    if (whole < a.k) {
-      int8_t rest[kW];
-      store_bytes(rest, value(whole));
-      memcpy(to + whole, rest, static_cast<size_t>(a.k - whole));
-    }
-    if (a.order == nullptr) continue;
-    if (gather.low != nullptr) {
-      gather_bytes(codes, a.k, gather.low, gather.high, gathered, a.columns);
-      memcpy(out, gathered, static_cast<size_t>(a.columns));
-    } else {
-      for (i = 0; i < a.columns; ++i) out[i] = codes[a.order[i]];
+    for (int64_t r = 0; r < rows; ++r) {
+      const F m = set(mean[r]), scale = set(rate[r]);
+      int8_t *out = a.out + (row + r) * a.columns, *to = a.order == nullptr ? out : codes;
+      const auto value = [&](int64_t at) {
+        const F y = fma(mul(sub(load(x[r] + at), m), scale), load(weight + at), load(bias + at));
+        return encode.columns(at)(y);
+      };
+      for (int64_t i = 0; i < whole; i += kW) store_bytes(to + i, value(i));
+      if (whole < a.k) {
+        int8_t rest[kW];
+        store_bytes(rest, value(whole));
+        memcpy(to + whole, rest, static_cast<size_t>(a.k - whole));
+      }
+      if (a.order == nullptr) continue;
+      if (gather.low != nullptr) {
+        gather_bytes(codes, a.k, gather.low, gather.high, gathered, a.columns);
+        memcpy(out, gathered, static_cast<size_t>(a.columns));
+      } else {
+        for (int64_t i = 0; i < a.columns; ++i) out[i] = codes[a.order[i]];
+      }
     }
   }
 }
@@ -107,17 +123,14 @@ void quantize(const ErqQuantize &a) {
   const int64_t per_task = per_column ? ceil_div(16384, a.k) : 1;
   parallel_for(ceil_div(rows, per_task), static_cast<int>(a.threads), [&](int64_t task) {
     const int64_t room = per_column ? round_up(a.k, kW) : kW;
-    float *inv_scale = nullptr, *zero = nullptr;
+    Encoder encode = {};
     const auto divide = [&](void *memory) {
       Pieces pieces(memory);
-      inv_scale = pieces.take<float>(room);
-      zero = pieces.take<float>(room);
+      encode.take(pieces, room);
       return pieces.used();
     };
     divide(thread_memory(divide(nullptr)));
-    load_quantizer(a.quantizer, 0, per_column ? a.k : kW, room, inv_scale, zero);
-    const CodeRange range(a.quantizer.bits);
-    const F low = set(range.low), high = set(range.high);
+    encode.fill(a.quantizer, 0, per_column ? a.k : kW, room);
     const int64_t end = (task + 1) * per_task < rows ? (task + 1) * per_task : rows;
     for (int64_t row = task * per_task; row < end; ++row) {
       const int64_t at = row * piece, left = a.m * a.k - at, n = left < piece ? left : piece;
@@ -127,7 +140,7 @@ void quantize(const ErqQuantize &a) {
         const bool is_whole = i + kW <= n;
         if (!is_whole) load_row(a.x, a.x_type, at + i, n - i, buffer);
         const F x = is_whole ? load_as(a.x, a.x_type, at + i) : load(buffer);
-        const I code = encode(x, load(inv_scale + p), load(zero + p), low, high);
+        const I code = encode.columns(p)(x);
         int8_t rest[kW];
         store_bytes(is_whole ? a.out + at + i : rest, code);
         if (!is_whole) memcpy(a.out + at + i, rest, static_cast<size_t>(n - i));

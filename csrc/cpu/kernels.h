@@ -31,6 +31,22 @@ namespace amx {
 extern const Kernels kernels;
 }
 
+// Work that a dot product leaves room for: `rows` rows of something, `quota` of them at each step.
+struct Meanwhile {
+  void (*run)(const void *context, int64_t first, int64_t last) = nullptr;
+  const void *context = nullptr;
+  int64_t rows = 0, quota = 1, done = 0;
+
+  void advance(int64_t count) {
+    const int64_t last = rows - done < count ? rows : done + count;
+    if (done == last) return;
+    run(context, done, last);
+    done = last;
+  }
+  void step() { advance(quota); }
+  void complete() { advance(rows); }
+};
+
 // Memory of the calling thread, aligned to 64 bytes, valid until its next call; grows as needed and
 // is freed with the thread.
 void *thread_memory(int64_t bytes);

@@ -64,22 +64,29 @@ void pack_weight(const ErqPackWeight &a) {
   }
 }
 
-// The epilogue's vectors for one panel of columns, zeros beyond the last.
+// The epilogue's vectors for one panel of columns: the call's own, or copies with zeros beyond the
+// last column.
 struct PanelParams {
-  float scale[kPanel], scale2[kPanel], bias[kPanel], layer_scale[kPanel];
-  float inv_scale[kPanel], zero_point[kPanel];
+  const float *scale, *scale2, *bias, *layer_scale;
+  float copies[4][kPanel], inv_scale[kPanel], low[kPanel], high[kPanel];
+  int32_t zero_point[kPanel];
+
+  Encoder encoder() const {
+    PanelParams *p = const_cast<PanelParams *>(this);
+    return {p->inv_scale, p->low, p->high, p->zero_point};
+  }
 
   void fill(const ErqQlinear &a, int64_t first, int64_t count) {
-    const auto copy = [&](const float *from, float *to) {
-      if (from == nullptr) return;
-      for (int64_t i = 0; i < kPanel; ++i) to[i] = i < count ? from[first + i] : 0.0f;
-    };
-    copy(a.scale, scale);
-    copy(a.scale2, scale2);
-    copy(a.bias, bias);
-    copy(a.layer_scale, layer_scale);
-    if (a.out_type == ERQ_CODES)
-      load_quantizer(a.quantizer, first, count, kPanel, inv_scale, zero_point);
+    const float *from[] = {a.scale, a.scale2, a.bias, a.layer_scale};
+    const float **to[] = {&scale, &scale2, &bias, &layer_scale};
+    for (int i = 0; i < 4; ++i) {
+      const bool copied = from[i] == nullptr || count < kPanel;
+      *to[i] = copied ? copies[i] : from[i] + first;
+      if (!copied) continue;
+      memset(copies[i], 0, sizeof copies[i]);
+      if (from[i] != nullptr) memcpy(copies[i], from[i] + first, static_cast<size_t>(count) * 4);
+    }
+    if (a.out_type == ERQ_CODES) encoder().fill(a.quantizer, first, count, kPanel);
   }
 };
 
@@ -91,22 +98,26 @@ struct TileMemory {
   int64_t out_stride;
 };
 
-template <bool kHasAct, bool kIsCodes>
-void finish(const ErqQlinear &a, const PanelParams &p, int64_t rows, int64_t columns,
-            const int32_t *acc, const int32_t *acc2, const float *gelu, const TileMemory &m) {
-  const CodeRange range(kIsCodes ? a.quantizer.bits : 2);
-  const F low = set(range.low), high = set(range.high);
-  const bool has_second = acc2 != nullptr, has_layer_scale = a.layer_scale != nullptr;
-  const bool has_residual = m.residual != nullptr;
+// The epilogue of some rows and of columns first to last − 1 of a panel. kHasMore: a layer scale, a
+// residual, or both.
+template <bool kHasAct, bool kIsCodes, bool kHasSecond, bool kHasMore>
+void finish_rows(const ErqQlinear &a, const PanelParams &p, int64_t rows, int64_t first,
+                 int64_t last, const int32_t *acc, const int32_t *acc2, const TileMemory &m) {
+  const bool has_layer_scale = a.layer_scale != nullptr, has_residual = m.residual != nullptr;
+  const float *gelu = gelu_table(a.act);
   const Table c0(gelu), c1(gelu + 32), c2(gelu + 64), c3(gelu + 96), c4(gelu + 128);
   const F magic = set(kGeluMagic), end = set(kGeluEnd), zero = set(0.0f);
-  for (int64_t c = 0; c < columns; c += kW) {
-    const F scale = load(p.scale + c), scale2 = load(p.scale2 + c), bias = load(p.bias + c);
-    const F layer_scale = load(p.layer_scale + c);
-    const F inv_scale = load(p.inv_scale + c), zero_point = load(p.zero_point + c);
-    for (int64_t r = 0; r < rows; ++r) {
-      F y = mul(to_float(load(acc + r * kPanel + c)), scale);
-      if (has_second) y = add(y, mul(to_float(load(acc2 + r * kPanel + c)), scale2));
+  const int64_t out_type = a.out_type, out_step = m.out_stride * type_size(out_type);
+  for (int64_t at = first; at < last; at += kW) {
+    const int64_t c = at - first;
+    const F scale = load(p.scale + at), scale2 = load(p.scale2 + at), bias = load(p.bias + at);
+    const F layer_scale = load(p.layer_scale + at);
+    const Encoder::Columns encode = p.encoder().columns(at);
+    char *out = m.out + c * type_size(out_type);
+    for (int64_t r = 0; r < rows; ++r, out += out_step) {
+      F y = mul(to_float(load(acc + r * kTileColumns + c)), scale);
+      if constexpr (kHasSecond)
+        y = add(y, mul(to_float(load(acc2 + r * kTileColumns + c)), scale2));
       y = add(y, bias);
       if constexpr (kHasAct) {
         const F magnitude = abs(y), near = min(magnitude, end);
@@ -118,45 +129,92 @@ void finish(const ErqQlinear &a, const PanelParams &p, int64_t rows, int64_t col
         q = fma(q, f, c0[index]);
         y = sub(max(y, zero), mul(magnitude, q));
       }
-      if (has_layer_scale) y = mul(y, layer_scale);
-      if (has_residual) y = add(load_as(m.residual, a.residual_type, r * m.residual_stride + c), y);
+      if constexpr (kHasMore) {
+        if (has_layer_scale) y = mul(y, layer_scale);
+        if (has_residual)
+          y = add(load_as(m.residual, a.residual_type, r * m.residual_stride + c), y);
+      }
       if constexpr (kIsCodes)
-        store_bytes(reinterpret_cast<int8_t *>(m.out) + r * m.out_stride + c,
-                    encode(y, inv_scale, zero_point, low, high));
+        store_bytes(reinterpret_cast<int8_t *>(out), encode(y));
       else
-        store_as(m.out, a.out_type, r * m.out_stride + c, y);
+        store_as(out, out_type, 0, y);
     }
   }
 }
 
-using Finish = void (*)(const ErqQlinear &, const PanelParams &, int64_t, int64_t, const int32_t *,
-                        const int32_t *, const float *, const TileMemory &);
+using FinishRows = void (*)(const ErqQlinear &, const PanelParams &, int64_t, int64_t, int64_t,
+                            const int32_t *, const int32_t *, const TileMemory &);
+
+// The variant of finish_rows for a call, told by the flags from the first on.
+template <bool... kFlags>
+FinishRows choose_finish() {
+  return finish_rows<kFlags...>;
+}
+template <bool... kFlags, typename... Rest>
+FinishRows choose_finish(bool flag, Rest... rest) {
+  return flag ? choose_finish<kFlags..., true>(rest...) : choose_finish<kFlags..., false>(rest...);
+}
+
+// Sums on their way to their place: rows from `row` on, columns first to last − 1 of the panel that
+// begins with column n.
+struct Tile {
+  const ErqQlinear *a;
+  const PanelParams *params;
+  FinishRows finish_rows;
+  int64_t row, n, first, last;
+  const int32_t *acc, *acc2;
+
+  static void finish(const void *tile, int64_t begin, int64_t end) {
+    static_cast<const Tile *>(tile)->finish(begin, end);
+  }
+
+  void finish(int64_t begin, int64_t end) const {
+    const int64_t columns = last - first;
+    const int64_t residual_size = type_size(a->residual_type), out_size = type_size(a->out_type);
+    const char *residual = static_cast<const char *>(a->residual);
+    if (residual != nullptr)
+      residual += ((row + begin) * a->residual_stride + n + first) * residual_size;
+    char *out = static_cast<char *>(a->out) + ((row + begin) * a->n + n + first) * out_size;
+    const auto sums = [&](const int32_t *from, int64_t r) {
+      return from == nullptr ? nullptr : from + r * kTileColumns;
+    };
+    if (columns % kW == 0) {
+      finish_rows(*a, *params, end - begin, first, last, sums(acc, begin), sums(acc2, begin),
+                  {residual, a->residual_stride, out, a->n});
+      return;
+    }
+    char whole_residual[kTileColumns * 4] = {}, whole_out[kTileColumns * 4];
+    for (int64_t r = begin; r < end; ++r) {
+      if (residual != nullptr) {
+        memcpy(whole_residual, residual, static_cast<size_t>(columns * residual_size));
+        residual += a->residual_stride * residual_size;
+      }
+      finish_rows(*a, *params, 1, first, last, sums(acc, r), sums(acc2, r),
+                  {residual == nullptr ? nullptr : whole_residual, 0, whole_out, 0});
+      memcpy(out, whole_out, static_cast<size_t>(columns * out_size));
+      out += a->n * out_size;
+    }
+  }
+};
 
 void multiply_block(const ErqQlinear &a, const Packed &layout, int64_t row, int64_t rows,
                     int64_t first_panel, int64_t last_panel) {
   const int64_t k1 = layout.groups1 * kGroup, k2 = layout.groups2 * kGroup, lda = k1 + k2;
-  const int64_t out_size = type_size(a.out_type), residual_size = type_size(a.residual_type);
-  const bool is_codes = a.out_type == ERQ_CODES, has_act = a.act != ERQ_ACT_NONE;
-  const Finish finish_tile = has_act ? (is_codes ? finish<true, true> : finish<true, false>)
-                                     : (is_codes ? finish<false, true> : finish<false, false>);
-  const float *gelu = gelu_table(a.act);
-
+  const FinishRows finish =
+      choose_finish(a.act != ERQ_ACT_NONE, a.out_type == ERQ_CODES, k2 > 0,
+                    a.layer_scale != nullptr || a.residual != nullptr);
+  constexpr int64_t kSums = kMr * kTileColumns;
   A *x = nullptr;
-  int32_t *acc = nullptr, *acc2 = nullptr;
-  char *edge_out = nullptr, *edge_residual = nullptr;
+  int32_t *sums = nullptr;
   PanelParams *params = nullptr;
   const auto divide = [&](void *memory) {
     Pieces pieces(memory);
     x = pieces.take<A>(round_up(rows, kRowUnit) * lda + kLine);
-    acc = pieces.take<int32_t>(kMr * kPanel);
-    acc2 = pieces.take<int32_t>(kMr * kPanel);
-    edge_out = pieces.take<char>(kMr * kPanel * 4);
-    edge_residual = pieces.take<char>(kMr * kPanel * 4);
-    params = pieces.take<PanelParams>(1);
+    sums = pieces.take<int32_t>(4 * kSums);
+    params = pieces.take<PanelParams>(2);
     return pieces.used();
   };
   divide(thread_memory(divide(nullptr)));
-  memset(params, 0, sizeof *params);
 
   for (int64_t r = 0; r < rows; ++r) {
     const int8_t *from = a.x + (row + r) * a.x_stride;
@@ -167,39 +225,40 @@ void multiply_block(const ErqQlinear &a, const Packed &layout, int64_t row, int6
   const int32_t *sums2 = layout.sums(static_cast<const int32_t *>(a.packed), 1);
   constexpr int64_t kGroupBytes = kPanel * kGroup;
   [[maybe_unused]] const Tiles tiles;
+  // While a tile is multiplied, the one before it is finished: two of everything, in turns.
+  Tile tiles_at_hand[2];
+  Meanwhile meanwhile;
+  int turn = 0;
+  // Rows that are finished in one step of `dot`; few of them would not be worth a call.
+  const int64_t steps = (k1 + k2) / kStep, share = 8 * steps > kMr ? 8 : ceil_div(kMr, steps + 1);
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
     const int64_t n = panel * kPanel, count = a.n - n < kPanel ? a.n - n : kPanel;
-    params->fill(a, n, count);
+    PanelParams *own = params + (panel & 1);
+    own->fill(a, n, count);
     const int8_t *w = layout.panel(static_cast<const int8_t *>(a.packed), panel);
     for (int64_t r = 0; r < rows; r += kMr) {
       const int64_t height = rows - r < kMr ? rows - r : kMr;
-      const Dot multiply = choose_dot(height, count);
-      const A *from = x + r * lda;
-      multiply(layout.groups1, from, lda, w, kGroupBytes, sums1 + n, acc, kPanel);
-      if (k2)
-        multiply(layout.groups2, from + k1, lda, w + layout.groups1 * kGroupBytes, kGroupBytes,
-                 sums2 + n, acc2, kPanel);
-      const int64_t at = row + r;
-      const char *residual = static_cast<const char *>(a.residual);
-      if (residual != nullptr) residual += (at * a.residual_stride + n) * residual_size;
-      char *out = static_cast<char *>(a.out) + (at * a.n + n) * out_size;
-      const int32_t *second = k2 ? acc2 : nullptr;
-      if (count == kPanel) {
-        finish_tile(a, *params, height, count, acc, second, gelu,
-                    {residual, a.residual_stride, out, a.n});
-        continue;
+      for (int64_t c = 0; c < count; c += kTileColumns, turn ^= 1) {
+        const int64_t width = count - c < kTileColumns ? count - c : kTileColumns;
+        const Dot multiply = choose_dot(height, width);
+        const A *from = x + r * lda;
+        const int8_t *columns = w + c * kGroup;
+        int32_t *acc = sums + 2 * turn * kSums, *acc2 = k2 ? acc + kSums : nullptr;
+        meanwhile.quota = share;
+        multiply(layout.groups1, from, lda, columns, kGroupBytes, sums1 + n + c, acc, kTileColumns,
+                 meanwhile);
+        if (k2)
+          multiply(layout.groups2, from + k1, lda, columns + layout.groups1 * kGroupBytes,
+                   kGroupBytes, sums2 + n + c, acc2, kTileColumns, meanwhile);
+        meanwhile.complete();
+        Tile &tile = tiles_at_hand[turn];
+        tile = {&a, own, finish, row + r, n, c, c + width, acc, acc2};
+        meanwhile = {Tile::finish, &tile, height};
+        if (!kOverlaps) meanwhile.complete();
       }
-      const size_t residual_bytes = static_cast<size_t>(count * residual_size);
-      const size_t out_bytes = static_cast<size_t>(count * out_size);
-      for (int64_t i = 0; residual != nullptr && i < height; ++i)
-        memcpy(edge_residual + i * kPanel * residual_size,
-               residual + i * a.residual_stride * residual_size, residual_bytes);
-      finish_tile(a, *params, height, count, acc, second, gelu,
-                  {residual == nullptr ? nullptr : edge_residual, kPanel, edge_out, kPanel});
-      for (int64_t i = 0; i < height; ++i)
-        memcpy(out + i * a.n * out_size, edge_out + i * kPanel * out_size, out_bytes);
     }
   }
+  meanwhile.complete();
 }
 
 void qlinear(const ErqQlinear &a) {

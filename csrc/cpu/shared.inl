@@ -29,7 +29,7 @@ class Pieces {
 
 // The dot products of 1 to kMr rows with 1 to kNr vectors of columns.
 using Dot = void (*)(int64_t, const A *, int64_t, const int8_t *, int64_t, const int32_t *,
-                     int32_t *, int64_t);
+                     int32_t *, int64_t, Meanwhile &);
 
 template <int MR>
 Dot dot_of(int vectors) {
@@ -62,6 +62,12 @@ inline int64_t groups_of(int64_t k) { return round_up(k, kStep) / kGroup; }
 inline void pack_panel(const int8_t *from, int64_t stride, int64_t count, int64_t k, int8_t *to,
                        int32_t *sums) {
   const int64_t groups = groups_of(k), whole = k / kGroup;
+  if constexpr (kHasInterleave) {
+    for (int64_t c = 0; c < kPanel; c += kW)
+      interleave_columns(from + c * stride, stride, count - c, k, groups, to + c * kGroup,
+                         kPanel * kGroup, sums + c);
+    return;
+  }
   for (int64_t c = 0; c < kPanel; ++c) {
     int8_t *column = to + c * kGroup;
     if (c >= count) {
@@ -88,29 +94,43 @@ inline void widen_row(const int8_t *from, A *to, int64_t k) {
   for (int64_t i = k; i % kStep; ++i) to[i] = 0;
 }
 
-struct CodeRange {
-  float low, high;
-  explicit CodeRange(int64_t bits) {
-    const int64_t offset = bits == 8 ? 128 : 0;
-    low = static_cast<float>(-offset);
-    high = static_cast<float>((int64_t{1} << bits) - 1 - offset);
+// A quantizer's vectors: code − offset = round(clamp(y · inv_scale, low, high)) + zero_point, where
+// low and high are whole numbers, so that the order of rounding and clamping does not matter.
+struct Encoder {
+  float *inv_scale, *low, *high;
+  int32_t *zero_point;
+
+  void take(Pieces &pieces, int64_t room) {
+    inv_scale = pieces.take<float>(room);
+    low = pieces.take<float>(room);
+    high = pieces.take<float>(room);
+    zero_point = pieces.take<int32_t>(room);
+  }
+
+  // Columns first to first + count − 1, zeros up to `room`.
+  void fill(const ErqQuantizer &q, int64_t first, int64_t count, int64_t room) const {
+    const int64_t offset = q.bits == 8 ? 128 : 0, top = (int64_t{1} << q.bits) - 1;
+    for (int64_t i = 0; i < room; ++i) {
+      const int64_t at = q.is_per_column ? first + i : 0, zero = i < count ? q.zero_point[at] : 0;
+      inv_scale[i] = i < count ? q.inv_scale[at] : 0.0f;
+      zero_point[i] = static_cast<int32_t>(zero - offset);
+      low[i] = static_cast<float>(-zero);
+      high[i] = static_cast<float>(top - zero);
+    }
+  }
+
+  // For a vector of columns: stores of codes may alias what they are made with, so it is read once.
+  struct Columns {
+    F inv_scale, low, high;
+    I zero_point;
+    I operator()(F y) const {
+      return add(to_int(min(max(mul(y, inv_scale), low), high)), zero_point);
+    }
+  };
+  Columns columns(int64_t at) const {
+    return {load(inv_scale + at), load(low + at), load(high + at), load(zero_point + at)};
   }
 };
-
-// inv_scale and zero_point − offset of columns first..first+count−1, zeros up to `room`.
-inline void load_quantizer(const ErqQuantizer &q, int64_t first, int64_t count, int64_t room,
-                           float *inv_scale, float *zero_point) {
-  const int64_t offset = q.bits == 8 ? 128 : 0;
-  for (int64_t i = 0; i < room; ++i) {
-    const int64_t at = q.is_per_column ? first + i : 0;
-    inv_scale[i] = i < count ? q.inv_scale[at] : 0.0f;
-    zero_point[i] = i < count ? static_cast<float>(q.zero_point[at] - offset) : 0.0f;
-  }
-}
-
-inline I encode(F y, F inv_scale, F zero_point, F low, F high) {
-  return to_int(min(max(add(round_even(mul(y, inv_scale)), zero_point), low), high));
-}
 
 inline F load_as(const void *p, int64_t type, int64_t at) {
   if (type == ERQ_FLOAT32) return load(static_cast<const float *>(p) + at);

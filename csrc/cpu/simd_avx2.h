@@ -14,7 +14,8 @@ using A = int16_t;
 
 // Bytes would have to be multiplied by vpmaddubsw, which saturates; 16-bit pairs are exact.
 constexpr int kW = 8, kMr = 6, kNr = 2, kGroup = 2, kShift = 0;
-constexpr int kRowUnit = 1, kStep = kGroup, kTaskRows = 48;
+constexpr int kRowUnit = 1, kStep = kGroup, kTaskRows = 48, kScoreRows = kMr, kTileColumns = kNr * kW;
+constexpr bool kOverlaps = false;
 
 inline F load(const float *p) { return _mm256_loadu_ps(p); }
 inline void store(float *p, F x) { _mm256_storeu_ps(p, x); }
@@ -25,6 +26,7 @@ inline F set(float x) { return _mm256_set1_ps(x); }
 inline I set(int32_t x) { return _mm256_set1_epi32(x); }
 inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
+inline I max(I a, I b) { return _mm256_max_epi32(a, b); }
 inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
@@ -32,20 +34,16 @@ inline F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
 inline F min(F a, F b) { return _mm256_min_ps(a, b); }
 inline F max(F a, F b) { return _mm256_max_ps(a, b); }
 inline F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-inline F round_even(F a) {
-  return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
 inline F to_float(I a) { return _mm256_cvtepi32_ps(a); }
 inline I to_int(F a) { return _mm256_cvtps_epi32(a); }
 inline I bits_of(F a) { return _mm256_castps_si256(a); }
-// For whole n from −150 to 127, in two steps since 2^n may be too small for a normal number.
-inline F scale2(F a, F n) {
-  const F half = round_even(mul(n, set(0.5f)));
-  const auto power = [](F x) {
-    const I e = _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(127));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
-  };
-  return mul(mul(a, power(half)), power(sub(n, half)));
+inline F scale2(F a, I n) {
+  return _mm256_castsi256_ps(_mm256_add_epi32(bits_of(a), _mm256_slli_epi32(n, 23)));
+}
+inline F first_of(F a, int64_t n, F rest) {
+  const I place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const I kept = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n)), place);
+  return _mm256_blendv_ps(rest, a, _mm256_castsi256_ps(kept));
 }
 inline float sum(F a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -56,6 +54,14 @@ inline float max(F a) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+inline int32_t max(I a) {
+  int32_t v[8];
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(v), a);
+  int32_t m = v[0];
+  for (int i = 1; i < 8; ++i) m = v[i] > m ? v[i] : m;
+  return m;
 }
 
 struct Table {
@@ -114,6 +120,11 @@ constexpr bool kHasGather = false;
 inline void gather_bytes(const int8_t *, int64_t, const uint8_t *, const uint8_t *, int8_t *,
                          int64_t) {}
 
+constexpr bool kHasInterleave = false;
+inline void interleave_columns(const int8_t *, int64_t, int64_t, int64_t, int64_t, int8_t *,
+                               int64_t, int32_t *) {}
+inline void interleave_rows(const int8_t *, int64_t, int64_t, int64_t, int64_t, int8_t *) {}
+
 inline int32_t sum_bytes(const A *p, int64_t n) {
   int32_t s = 0;
   for (int64_t i = 0; i < n; ++i) s += p[i];
@@ -129,7 +140,7 @@ inline uint64_t gather_bits(uint64_t bytes, int bits) {
 
 template <int MR, int NR>
 void dot(int64_t groups, const A *a, int64_t lda, const int8_t *b, int64_t ldb,
-         const int32_t *init, int32_t *out, int64_t ldo) {
+         const int32_t *init, int32_t *out, int64_t ldo, Meanwhile &) {
   __m256i acc[MR][NR];
 #pragma GCC unroll 8
   for (int c = 0; c < NR; ++c) {

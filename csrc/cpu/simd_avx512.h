@@ -21,6 +21,7 @@ inline F set(float x) { return _mm512_set1_ps(x); }
 inline I set(int32_t x) { return _mm512_set1_epi32(x); }
 inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I max(I a, I b) { return _mm512_max_epi32(a, b); }
 inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
@@ -28,15 +29,18 @@ inline F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
 inline F min(F a, F b) { return _mm512_min_ps(a, b); }
 inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F abs(F a) { return _mm512_abs_ps(a); }
-inline F round_even(F a) {
-  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
 inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 inline I to_int(F a) { return _mm512_cvtps_epi32(a); }
 inline I bits_of(F a) { return _mm512_castps_si512(a); }
-inline F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
+inline F scale2(F a, I n) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(bits_of(a), _mm512_slli_epi32(n, 23)));
+}
+inline F first_of(F a, int64_t n, F rest) {
+  return _mm512_mask_mov_ps(rest, static_cast<__mmask16>((1u << n) - 1), a);
+}
 inline float sum(F a) { return _mm512_reduce_add_ps(a); }
 inline float max(F a) { return _mm512_reduce_max_ps(a); }
+inline int32_t max(I a) { return _mm512_reduce_max_epi32(a); }
 
 struct Table {
   F low, high;
@@ -119,6 +123,81 @@ inline void gather_bytes(const int8_t *from, int64_t from_size, const uint8_t *l
     }
     _mm512_storeu_si512(to + i, x);
   }
+}
+
+// Columns of a panel from 16 rows of `from`, [count, k]: each four bytes of a row become a group,
+// groups `ldb` bytes apart; zeros for missing rows and up to `groups`. Adds each row's sum to `sums`.
+constexpr bool kHasInterleave = true;
+inline void interleave_columns(const int8_t *from, int64_t stride, int64_t count, int64_t k,
+                               int64_t groups, int8_t *to, int64_t ldb, int32_t *sums) {
+  __m512i total = _mm512_setzero_si512();
+  for (int64_t g = 0; g < groups; g += 16) {
+    const int64_t bytes = k - 4 * g;
+    const __mmask64 mask = bytes >= 64 ? ~uint64_t{0} : bytes > 0 ? (uint64_t{1} << bytes) - 1 : 0;
+    __m512i x[16], y[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r)
+      x[r] = r < count ? _mm512_maskz_loadu_epi8(mask, from + r * stride + 4 * g)
+                       : _mm512_setzero_si512();
+    // A transposition of 16 × 16 words: pairs, fours, then 128-bit lanes.
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+      y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      x[4 * i] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
+      x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
+      x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
+      x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
+      y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
+      y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
+      y[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      x[i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0x88);
+      x[8 + i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd);
+      x[4 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88);
+      x[12 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) {
+      if (g + j >= groups) break;
+      _mm512_storeu_si512(to + (g + j) * ldb, x[j]);
+      total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), x[j]);
+    }
+  }
+  _mm512_storeu_si512(sums, _mm512_add_epi32(total, _mm512_loadu_si512(sums)));
+}
+
+// A group of 64 columns from the rows x[0] to x[3], each less `shift`.
+inline void interleave_rows(const int8_t *from, int64_t stride, int64_t rows, int64_t columns,
+                            int64_t shift, int8_t *to) {
+  const __mmask64 mask = columns >= 64 ? ~uint64_t{0} : (uint64_t{1} << columns) - 1;
+  const __m512i less = _mm512_set1_epi8(static_cast<char>(shift));
+  // Lane i takes columns 4i, 16 + 4i, 32 + 4i and 48 + 4i, so that neighbours meet below.
+  const __m512i order =
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m512i x[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm512_setzero_si512();
+    if (i >= rows) continue;
+    const __m512i row = _mm512_sub_epi8(_mm512_maskz_loadu_epi8(mask, from + i * stride), less);
+    x[i] = _mm512_permutexvar_epi32(order, _mm512_maskz_mov_epi8(mask, row));
+  }
+  const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
+  const __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+  _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, c));
+  _mm512_storeu_si512(to + 64, _mm512_unpackhi_epi16(a, c));
+  _mm512_storeu_si512(to + 128, _mm512_unpacklo_epi16(b, d));
+  _mm512_storeu_si512(to + 192, _mm512_unpackhi_epi16(b, d));
 }
 
 inline int32_t sum_bytes(const uint8_t *p, int64_t n) {

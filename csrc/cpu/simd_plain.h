@@ -3,7 +3,8 @@
 // F and I hold kW floats and int32; A is what the first operand of `dot` is widened to: the stored
 // code + kShift. `dot` multiplies kGroup neighbours at once, for up to kMr rows and kNr vectors of
 // columns; its rows are a multiple of kRowUnit, its length one of kStep, by way of padding. It works
-// while a `Tiles` of the thread lives.
+// while a `Tiles` of the thread lives, and where kOverlaps does steps of a Meanwhile in between.
+// GEMMs cut their results into tiles of kMr rows and kTileColumns.
 #pragma once
 
 #include <cmath>
@@ -14,7 +15,8 @@ namespace erq {
 namespace ERQ_VARIANT {
 
 constexpr int kW = 8, kMr = 4, kNr = 2, kGroup = 1, kShift = 0;
-constexpr int kRowUnit = 1, kStep = kGroup, kTaskRows = 48;
+constexpr int kRowUnit = 1, kStep = kGroup, kTaskRows = 48, kScoreRows = kMr, kTileColumns = kNr * kW;
+constexpr bool kOverlaps = false;
 using A = int16_t;
 
 struct F {
@@ -50,6 +52,9 @@ inline F add(F a, F b) {
 inline I add(I a, I b) {
   return each<I>([&](int i) { return a.v[i] + b.v[i]; });
 }
+inline I max(I a, I b) {
+  return each<I>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
 inline F sub(F a, F b) {
   return each<F>([&](int i) { return a.v[i] - b.v[i]; });
 }
@@ -68,9 +73,6 @@ inline F max(F a, F b) {
 inline F abs(F a) {
   return each<F>([&](int i) { return fabsf(a.v[i]); });
 }
-inline F round_even(F a) {
-  return each<F>([&](int i) { return nearbyintf(a.v[i]); });
-}
 inline F to_float(I a) {
   return each<F>([&](int i) { return static_cast<float>(a.v[i]); });
 }
@@ -82,8 +84,18 @@ inline I bits_of(F a) {
   memcpy(r.v, a.v, sizeof r.v);
   return r;
 }
-inline F scale2(F a, F n) {
-  return each<F>([&](int i) { return ldexpf(a.v[i], static_cast<int>(n.v[i])); });
+// a · 2^n by the low bits of n; the result must be a normal number.
+inline F scale2(F a, I n) {
+  I r = bits_of(a);
+  for (int i = 0; i < kW; ++i)
+    r.v[i] = static_cast<int32_t>(static_cast<uint32_t>(r.v[i]) + (static_cast<uint32_t>(n.v[i]) << 23));
+  F y;
+  memcpy(y.v, r.v, sizeof y.v);
+  return y;
+}
+// The first n of a, then those of rest.
+inline F first_of(F a, int64_t n, F rest) {
+  return each<F>([&](int i) { return i < n ? a.v[i] : rest.v[i]; });
 }
 inline float sum(F a) {
   float s = 0.0f;
@@ -92,6 +104,11 @@ inline float sum(F a) {
 }
 inline float max(F a) {
   float m = a.v[0];
+  for (int i = 1; i < kW; ++i) m = a.v[i] > m ? a.v[i] : m;
+  return m;
+}
+inline int32_t max(I a) {
+  int32_t m = a.v[0];
   for (int i = 1; i < kW; ++i) m = a.v[i] > m ? a.v[i] : m;
   return m;
 }
@@ -170,6 +187,11 @@ constexpr bool kHasGather = false;
 inline void gather_bytes(const int8_t *, int64_t, const uint8_t *, const uint8_t *, int8_t *,
                          int64_t) {}
 
+constexpr bool kHasInterleave = false;
+inline void interleave_columns(const int8_t *, int64_t, int64_t, int64_t, int64_t, int8_t *,
+                               int64_t, int32_t *) {}
+inline void interleave_rows(const int8_t *, int64_t, int64_t, int64_t, int64_t, int8_t *) {}
+
 inline int32_t sum_bytes(const A *p, int64_t n) {
   int32_t s = 0;
   for (int64_t i = 0; i < n; ++i) s += p[i];
@@ -193,7 +215,7 @@ inline uint64_t gather_bits(uint64_t bytes, int bits) {
 // group.
 template <int MR, int NR>
 void dot(int64_t groups, const A *a, int64_t lda, const int8_t *b, int64_t ldb,
-         const int32_t *init, int32_t *out, int64_t ldo) {
+         const int32_t *init, int32_t *out, int64_t ldo, Meanwhile &) {
   int32_t acc[MR][NR * kW];
   for (int r = 0; r < MR; ++r)
     for (int c = 0; c < NR * kW; ++c) acc[r][c] = init[c];
