@@ -270,23 +270,32 @@ class HeadTask {
   }
 
   // Replaces a row of scores by (score − top) · log2 e, or by its power of 2 if probabilities stay
-  // float; returns the sum of those powers.
+  // float; returns the sum of those powers. What the loop reads is taken out of memory before it:
+  // for all the compiler knows, its stores change that.
+  template <bool kIsDirect>
   float exponentiate(int64_t r, float top) {
+    const int32_t *from = space.scores + r * space.keys;
     float *to = space.s + r * space.keys;
-    const F m = set(top), log2e = set(kLog2E), least = set(-125.0f);
+    const I term = set(row_term[r]);
+    const F scale = set(*a.score_scale), m = set(top), log2e = set(kLog2E), least = set(-125.0f);
     const bool keeps_powers = is_float;
+    const int64_t whole = a.t / kW * kW;
+    const auto exponent = [=](int64_t t) {
+      F s;
+      if constexpr (kIsDirect)
+        s = mul(to_float(add(load(from + t), term)), scale);
+      else
+        s = load(to + t);
+      return mul(sub(s, m), log2e);
+    };
     F z = set(0.0f);
-    const auto step = [&](F s, int64_t t) {
-      F x = mul(sub(s, m), log2e);
-      if (t + kW > a.t) x = first_of(x, a.t - t, set(-INFINITY));
+    const auto finish = [&](int64_t t, F x) {
       const F e = exp2_of(max(x, least));
       store(to + t, keeps_powers ? e : x);
       z = add(z, e);
     };
-    if (is_direct)
-      for (int64_t t = 0; t < a.t; t += kW) step(direct_score(r, t), t);
-    else
-      for (int64_t t = 0; t < a.t; t += kW) step(load(to + t), t);
+    for (int64_t t = 0; t < whole; t += kW) finish(t, exponent(t));
+    if (whole < a.t) finish(whole, first_of(exponent(whole), a.t - whole, set(-INFINITY)));
     return sum(z);
   }
 
@@ -294,7 +303,8 @@ class HeadTask {
   void soften(int64_t rows) {
     float total[kScoreRows];
     for (int64_t r = 0; r < rows; ++r) total[r] = highest_score(r);
-    for (int64_t r = 0; r < rows; ++r) total[r] = exponentiate(r, total[r]);
+    for (int64_t r = 0; r < rows; ++r)
+      total[r] = is_direct ? exponentiate<true>(r, total[r]) : exponentiate<false>(r, total[r]);
     const F zero_level = set(0.0f), top = set(static_cast<float>((1 << a.av_bits) - 1));
     const F minus_two = set(-2.0f);
     for (int64_t r = 0; r < rows; ++r) {
@@ -306,7 +316,7 @@ class HeadTask {
       }
       const F c = set(2.0f * (log2f(total[r]) - p_level));
       uint8_t *codes = space.codes + r * space.weight_stride;
-      for (int64_t t = 0; t < a.t; t += kW) {
+      for (int64_t t = 0, end = a.t; t < end; t += kW) {
         const F level = min(max(fma(load(s + t), minus_two, c), zero_level), top);
         store_bytes(reinterpret_cast<int8_t *>(codes + t), to_int(level));
       }
