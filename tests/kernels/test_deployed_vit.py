@@ -53,13 +53,15 @@ def run(net: Any, x: Tensor, backend: str, one_by_one: bool = True) -> tuple[Ten
 
 
 def check(net: Any, x: Tensor, backend: str) -> None:
-    """The same codes at every site; and each op, given the reference's inputs, its codes."""
+    """The same codes at every site up to a rounding that differs; and each op, given the
+    reference's inputs, its codes."""
     want, expected = run(net, x, "reference")
     got, calls = run(net, x, backend)
     assert [c.op for c in calls] == [c.op for c in expected]
+    same = True  # no code has moved yet; one that did may move any number of those made of it
     for mine, reference in zip(calls, expected, strict=True):
         again = dispatch.call(reference.op, backend, *reference.args)
-        for result in (again, mine.result):
+        for result in (again, mine.result) if same else (again,):
             assert result.dtype == reference.result.dtype
             if result.dtype == torch.int8:
                 moved = (result.int() - reference.result.int()).abs()
@@ -67,6 +69,8 @@ def check(net: Any, x: Tensor, backend: str) -> None:
                 assert float((moved > 0).float().mean()) <= FLIPS
             else:
                 torch.testing.assert_close(result, reference.result, rtol=1e-3, atol=1e-3)
+        if mine.result.dtype == torch.int8:
+            same = same and torch.equal(mine.result, reference.result)
     assert torch.equal(got.argmax(dim=1), want.argmax(dim=1))
 
 
