@@ -78,7 +78,7 @@ def norm_calls(kernel: Kernel, bits: int, device: torch.device) -> tuple[Calls, 
     zero_point = torch.tensor(8, dtype=torch.int32, device=device)
     args = (x, weight, bias, 1e-6, inv_scale, zero_point, bits, order.to(device))  # type: ignore[union-attr]
     ours: Calls = {
-        f"erq {backend}": partial(ops.layer_norm_quantize, *args, backend)
+        f"erq {backend}": partial(ops.layer_norm_quantize, *args, backend=backend)
         for backend in usable("layer_norm_quantize", *args)
     }
     w, b = weight.to(real), bias.to(real)

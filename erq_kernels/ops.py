@@ -140,6 +140,8 @@ def _check_epilogue(
 def _check_packed_output(
     out_packed: bool, out_inv_scale: Tensor | None, bits: int, columns: int
 ) -> None:
+    if not isinstance(out_packed, bool):
+        raise ValueError(f"out_packed must be True or False, got {out_packed!r}")
     if not out_packed:
         return
     if out_inv_scale is None:

@@ -511,3 +511,11 @@ def test_op_under_compilation(op: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(lambda kw: run(**kw), backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(args), run(**args))
+
+
+def test_a_backend_in_the_place_of_a_flag_is_refused() -> None:
+    """Past torch's dispatcher, which checks types itself, it was a truth and ran another kernel."""
+    x, vector = torch.randn(M, K), torch.ones(K)
+    quantizer = (torch.tensor(3.0), torch.tensor(8, dtype=torch.int32), 4)
+    with torch.inference_mode(), pytest.raises(ValueError, match="out_packed must be True or"):
+        ops.layer_norm_quantize(x, vector, vector, 1e-6, *quantizer, None, "cpu")
