@@ -1,4 +1,5 @@
-"""Reparameterization: a per-channel activation quantizer behind a LayerNorm becomes per-tensor.
+"""Reparameterization: a per-channel activation quantizer behind a LayerNorm becomes per-tensor, as
+does one behind an activation function to the layer that reads its codes.
 
 Source: RepQ-ViT's scale reparameterization as used by ERQ (method.md §4; docs/math.md). The mean
 zero point is rounded first: the folded quantizer then equals the per-channel one and has 2**bits

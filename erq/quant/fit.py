@@ -14,9 +14,10 @@ from torch import Tensor
 from erq.quant.functional import fake_quantize
 from erq.quant.params import AffineParams, DualAffineParams, LogParams, check_bits
 
+_FINE = (0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 0.99999)
 ACTIVATION_PERCENTILES = {
-    "fine": (0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 0.99999),
-    "softmax": (0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 0.99999),
+    "fine": _FINE,
+    "softmax": _FINE,
     "official": (0.999, 0.9999, 0.99999),
 }
 """What `QuantConfig.ranges` names; four bits want to clip more than was published."""

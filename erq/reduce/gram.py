@@ -33,13 +33,13 @@ class Gram:
         def zeros(a: int, b: int) -> Tensor:
             return torch.zeros(a, b, dtype=torch.float64, device=device)
 
-        narrow = weight is not None and len(weight) < columns
-        self._weight = weight if narrow else None
+        self._weight = weight if weight is not None and len(weight) < columns else None
+        outputs = columns if self._weight is None else len(self._weight)
         self.columns = columns
         self.rows = 0
         self.g = zeros(columns + 1, columns + 1)
-        self.c = zeros(columns + 1, len(weight) if narrow and weight is not None else columns)
-        self.p = zeros(1, 1) if narrow else zeros(columns, columns)
+        self.c = zeros(columns + 1, outputs)
+        self.p = zeros(columns, columns) if self._weight is None else zeros(1, 1)
 
     def add(self, x: Tensor, upstream: Tensor | None, params: AffineParams | None) -> None:
         """Add a chunk of rows.
