@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erq.data import Images, check_images, own_batches
+from erq.data import Images, check_image_shape, check_images, own_batches
 from erq.data import batches as iterate
 from erq.deployment.blocks import module_by_module
 from erq.inputs import class_names, image_shape, inference, placement
@@ -91,6 +91,8 @@ def evaluate(
         for index, (x, labels) in own_batches(_checked_source(batches), ranks):
             sums = own[index] = _Sums()
             images = _checked(x, net)
+            if reference is not None:
+                _check_reference(images, reference)
             logits = _logits(net, images, "the network")
             other = None if reference is None else _logits(reference, images, "the reference")
             if other is not None and other.shape != logits.shape:
@@ -152,7 +154,9 @@ def site_sqnr(net: nn.Module, batches: Images, reference: nn.Module) -> dict[str
     sums: dict[str, list[float]] = {s.name: [0.0, 0.0] for s in info.sites if s.name in compared}
     with inference(net), module_by_module(net), torch.inference_mode():
         for x, _ in _items(batches):
-            for part in _checked(x, net).split(_SITE_IMAGES):
+            images = _checked(x, net)
+            _check_reference(images, reference)
+            for part in images.split(_SITE_IMAGES):
                 want = _site_outputs(twin, part, names, attention)
                 for name, value in _site_outputs(net, part, names, attention).items():
                     full = want[name]
@@ -233,6 +237,17 @@ def _checked(x: Any, net: nn.Module) -> Tensor:
     """`x` as images that the network takes, as far as it says what it takes."""
     channels = x.shape[1] if isinstance(x, Tensor) and x.dim() == 4 else 0
     return check_images(x, image_shape(net) or (channels, None, None))
+
+
+def _check_reference(images: Tensor, reference: nn.Module) -> None:
+    """Raise ValueError if the reference says that it takes other images than the network does."""
+    shape = image_shape(reference)
+    if shape is None:
+        return
+    try:
+        check_image_shape(images, shape)
+    except ValueError as error:
+        raise ValueError(f"the reference is another network: {error}") from error
 
 
 def _checked_source(batches: Any) -> Any:

@@ -115,6 +115,13 @@ def check_folder(out: Path) -> None:
     """Raise before minutes of work if the file cannot be written there."""
     if not os.path.isdir(out.parent):
         raise ValueError(f"{out}: the folder {out.parent} does not exist; create it first")
+    try:
+        out.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{out}: {reason}; choose another name") from error
     if os.path.isdir(out):
         raise ValueError(f"{out} is a folder; name a file")
     if not os.access(out.parent, os.W_OK):

@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from erq.deployment.checkpoint import write_atomically
 from erq.evaluation import Evaluation
 from erq.messages import megabytes
 from erq.report import number
@@ -315,8 +316,12 @@ def _html_table(part: Section) -> str:
 
 
 def write_page(stem: Path, title: str, parts: Sequence[Section]) -> tuple[Path, Path]:
-    """Write `stem`.html and `stem`.md; the two paths."""
+    """Write `stem`.html and `stem`.md, each whole or not at all; the two paths.
+
+    Raises:
+        CheckpointError: they cannot be written there.
+    """
     pages = (stem.with_name(f"{stem.name}.html"), stem.with_name(f"{stem.name}.md"))
-    pages[0].write_text(to_html(title, parts), encoding="utf-8")
-    pages[1].write_text(to_markdown(title, parts), encoding="utf-8")
+    write_atomically(pages[0], to_html(title, parts).encode())
+    write_atomically(pages[1], to_markdown(title, parts).encode())
     return pages

@@ -586,6 +586,7 @@ QUANTIZE = ["quantize", *RANDOM, "--images", "{npz}", "--out", "{q}"]
     [
         ([*QUANTIZE[:-1], "{tmp}/none/q.safetensors"], "none does not exist; create it first"),
         ([*QUANTIZE[:-1], "{tmp}/none/q/"], "none does not exist; create it first"),
+        ([*QUANTIZE[:-1], "x" * 300], "File name too long; choose another name"),
         ([*QUANTIZE[:-1], "{npz}/"], "is a file; name a folder"),
         ([*QUANTIZE, "--license", "mit"], "a file has no card"),
         ([*QUANTIZE, "--set", "block.*.w_bits=3"], "the glob 'block.*' matches none"),

@@ -131,6 +131,8 @@ def test_images_are_checked_against_the_model(tiny_vit: Callable[..., nn.Module]
         evaluate(net, torch.randn(3, 4, 16, 16), reference=net)
     with pytest.raises(ValueError, match="20×16, the model takes 16×16"):
         evaluate(net, torch.randn(3, 3, 20, 16), reference=net)
+    with pytest.raises(ValueError, match=r"reference .* images are 16×16, the model takes 24×24"):
+        evaluate(net, torch.randn(3, 3, 16, 16), reference=tiny_vit(img_size=24))
 
 
 IMAGES = torch.zeros(2, 3, 1, 1)

@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -149,3 +150,13 @@ def test_pages_are_written_side_by_side(parts: list[Section], tmp_path: Path) ->
     assert (html.name, markdown.name) == ("model.v1.html", "model.v1.md")
     assert html.read_text("utf-8") == to_html("t", parts)
     assert markdown.read_text("utf-8") == to_markdown("t", parts)
+
+
+def test_pages_are_whole_or_not_there(
+    parts: list[Section], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.html").write_text("old")
+    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(ValueError, match="No space left on device"):
+        write_page(tmp_path / "model", "t", parts)
+    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("model.html", "old")]

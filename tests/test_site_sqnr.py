@@ -75,5 +75,7 @@ def test_other_networks_are_refused(tiny_vit: Build) -> None:
         erq.site_sqnr(sim, x, tiny_vit(depth=1))
     with pytest.raises(ValueError, match="another network"):
         erq.site_sqnr(sim, x, tiny_vit(mlp_ratio=3.0))
+    with pytest.raises(ValueError, match="another network: images are 16×16, the model takes 24"):
+        erq.site_sqnr(sim, x, tiny_vit(img_size=24))
     with pytest.raises(ValueError, match="no images"):
         erq.site_sqnr(sim, [], model)
