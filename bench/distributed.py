@@ -106,9 +106,8 @@ def traffic(model: nn.Module, images: int, size: int, config: QuantConfig) -> li
                 whole += (n - ranks.pieces(n)[0]) * matrix.element_size()
             decision = rest * (module.weight.numel() + 4 * len(module.weight) * 3)
         if config.rotate_heads and rotated_attention(sim, site.name) is not None:
-            owner = site.name.rpartition(".")[0]  # q and k; v of (softmax, v)
-            q_k_v = [*inputs[f"{owner}.qk"], inputs[f"{owner}.av"][1]]
-            rows += _rows(q_k_v, chunks, ranks)
+            owner = site.name.rpartition(".")[0]
+            rows += _rows([*inputs[f"{owner}.qk"], *inputs[f"{owner}.av"]], chunks, ranks)
         found.append(Traffic(site.name, rows, sums, whole, decision))
     return found
 

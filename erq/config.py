@@ -21,7 +21,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "refine": ("greedy", "official", "off"),
     "attention": ("quantized", "float"),
     "ridge_scale": ("relative", "sum"),
-    "ranges": ("fine", "softmax", "official"),
+    "ranges": ("fine", "attention", "official"),
 }
 _FLAGS = (
     "reparameterize", "rotate_heads", "aqer", "dual", "wqer", "reparameterize_merging",
@@ -45,10 +45,11 @@ class QuantConfig:
             reparameterization, no dual scales), `repq` (reparameterization, dual scales if `dual`,
             round to nearest), `gptq` (as repq, weights rounded column by column).
         reparameterize, aqer, dual, wqer: each step of ERQ can be switched off.
-        rotate_heads: `erq` only: center k and v of every attention head, rotate v, and q and k
-            where the softmax then loses less; folded into weights (docs/math.md, "Heads").
-        ranges: percentiles that are tried for the range of an activation: `fine`; `softmax`, those
-            too, but for q and k chosen by what the softmax loses; or `official`, as published.
+        rotate_heads: `erq` only: center and rotate q, k and v of an attention's heads where it then
+            loses less; folded into weights (docs/math.md, "Heads").
+        ranges: what the range of an activation is chosen by: `fine`, its squared error, of many
+            percentiles; `attention`, those of q, k, softmax and v by what attention loses, behind
+            LayerNorms of the published percentiles; `official`, squared error, as published.
         reparameterize_merging: also fold the norm of Swin's patch merging into its `reduction`, and
             give that dual scales; as published ERQ leaves that layer out.
         reparameterize_hidden: `erq` only: also quantize what the MLP's activation function gives
@@ -81,7 +82,7 @@ class QuantConfig:
     wqer: bool = True
     reparameterize_merging: bool = True
     reparameterize_hidden: bool = True
-    ranges: Literal["fine", "softmax", "official"] = "softmax"
+    ranges: Literal["fine", "attention", "official"] = "attention"
     upstream: Literal["quantized", "float"] = "quantized"
     refine: Literal["greedy", "official", "off"] = "greedy"
     image_bits: int = FLOAT_BITS

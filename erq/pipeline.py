@@ -28,11 +28,14 @@ from torch import Tensor, nn
 
 from erq.calib.calibrate import RANGE_IMAGES, calibrate_site, gather
 from erq.calib.heads import (
-    HeadStatistics,
-    ValueBasis,
+    Basis,
+    HeadBases,
+    choose_scores,
+    choose_values,
     rotate_heads,
     rotated_attention,
     rotates_scores,
+    rotates_values,
 )
 from erq.calib.observers import Run, Stream
 from erq.calib.prepare import insert_simulated
@@ -44,6 +47,7 @@ from erq.models import Block, ModelAdapter, Site, adapter_for, carry_over, prepa
 from erq.models.info import QuantizedModelInfo
 from erq.models.patches import patches
 from erq.progress import Progress
+from erq.quant.fit import ACTIVATION_PERCENTILES
 from erq.ranks import ALONE, Ranks
 from erq.record import Record, decode, encode, environment, model_digest
 from erq.reduce.allocation import WIDTHS, SiteBits, allocate
@@ -69,7 +73,7 @@ class _Calibration:
     ranks: Ranks = ALONE
     record: Record = field(default_factory=Record)
     prefix: str = ""
-    folds: dict[str, Fold | ValueBasis] = field(default_factory=dict)
+    folds: dict[str, Fold | Basis] = field(default_factory=dict)
     widths: Sequence[int] = ()
     reports: list[SiteReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -144,20 +148,29 @@ class _Calibration:
         name = site.name.rpartition(".")[0]
 
         def collect() -> tuple[Tensor, ...]:
-            # q, k and v of q, k, softmax, v.
-            return gather(stream, run, attention.qk, attention.av, wanted=(0, 1, 3))
+            return gather(stream, run, attention.qk, attention.av)
 
-        def settle(qkv: tuple[Tensor, ...]) -> HeadStatistics:
-            q, k, v = qkv
-            bits = self.config.for_site(f"{name}.qk").a_bits if rotates_scores(attention) else None
-            qk: Any = attention.qk
-            return HeadStatistics.of(q, k, v, bits, self.config.ranges, qk.temperature)
+        def settle(operands: tuple[Tensor, ...]) -> HeadBases:
+            q, k, p, v = operands
+            percentiles = ACTIVATION_PERCENTILES[self.config.ranges]
+            modules: Any = attention
+            scores = values = None
+            if rotates_scores(attention):
+                temperature = modules.qk.temperature
+                scores = choose_scores(q, k, bits_of("qk"), percentiles, temperature)
+            if rotates_values(attention):
+                widths = bits_of("av"), bits_of("proj")
+                values = choose_values(p, v, modules.proj.weight, *widths, percentiles)
+            return HeadBases(scores, values)
+
+        def bits_of(site: str) -> int:
+            return self.config.for_site(f"{name}.{site}").a_bits
 
         with self.stage("ranges"):
-            statistics = self.decide(f"{name}: heads", collect, settle)
-            basis = rotate_heads(attention, statistics)
-        if basis is not None:
-            self.folds[f"{name}.proj"] = basis
+            bases = self.decide(f"{name}: heads", collect, settle)
+            rotate_heads(attention, bases)
+        if bases.values is not None:
+            self.folds[f"{name}.proj"] = bases.values
 
     def solve(
         self, site: Site, run: Run, stream: Stream, run_full: Run, full: Stream, last: bool

@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from erq._version import __version__
-from erq.calib.heads import HeadStatistics
+from erq.calib.heads import Basis, HeadBases
 from erq.calib.reparam import Fold
 from erq.deployment.checkpoint import write_atomically
 from erq.quant import AffineParams, DualAffineParams, LogParams
@@ -36,7 +36,8 @@ _CLASSES: dict[str, type] = {
         DualAffineParams,
         LogParams,
         Fold,
-        HeadStatistics,
+        Basis,
+        HeadBases,
         SiteBits,
         SiteReport,
         Solution,

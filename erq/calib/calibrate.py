@@ -15,7 +15,15 @@ from erq.config import FLOAT_BITS, QuantConfig
 from erq.models import Site
 from erq.models.attention import Attention
 from erq.quant import AffineParams, LogParams
-from erq.quant.fit import ACTIVATION_PERCENTILES, fit_channels, fit_scores, fit_softmax, fit_tensor
+from erq.quant.fit import (
+    ACTIVATION_PERCENTILES,
+    NORM_PERCENTILES,
+    fit_channels,
+    fit_scores,
+    fit_softmax,
+    fit_tensor,
+    fit_values,
+)
 
 RANGE_IMAGES = 32
 """Images that ranges are fitted on, the first ones: as published, and it bounds memory."""
@@ -34,27 +42,21 @@ def _fit_now(collect: Collect, fit: Fit) -> Ranges:
     return fit(collect())
 
 
-def gather(
-    stream: Stream,
-    run: Run,
-    *sites: nn.Module,
-    wanted: tuple[int, ...] | None = None,
-    keep: bool = False,
-) -> tuple[Tensor, ...]:
+def gather(stream: Stream, run: Run, *sites: nn.Module, keep: bool = False) -> tuple[Tensor, ...]:
     """Inputs of sites over the first images of the stream, concatenated per argument.
 
     Every rank contributes its chunks; what the others than the first return is of no use.
 
     Args:
-        wanted: the arguments that are, all by default. keep: as in `Stream.inputs`.
+        keep: as in `Stream.inputs`.
     """
     head, ranks = stream.head(RANGE_IMAGES), stream.ranks
     numbers = (n for n, chunk in enumerate(head.chunks) if not chunk.is_meta)
     own: dict[int, tuple[Tensor, ...]] = {}
     elements = 0
     for number, args in zip(numbers, head.inputs(run, *sites, keep=keep), strict=False):
-        own[number] = args if wanted is None else tuple(args[i] for i in wanted)
-        elements += max(a.numel() for a in own[number])
+        own[number] = args
+        elements += max(a.numel() for a in args)
         if elements >= MAX_ELEMENTS:
             break
     sizes = ranks.merge({n: [a.numel() for a in args] for n, args in own.items()})
@@ -72,20 +74,25 @@ def gather(
 def _fit(site: Site, module: nn.Module, inputs: tuple[Tensor, ...], config: QuantConfig) -> Ranges:
     """Quantizers of what enters `module`, a simulated one that is quantized."""
     bits, percentiles = config.a_bits, ACTIVATION_PERCENTILES[config.ranges]
-    if isinstance(module, SimScores) and config.ranges == "softmax":
-        q, k = inputs
-        return fit_scores(q, k, bits, percentiles, module.temperature)[:2]
+    jointly = config.ranges == "attention"
     if isinstance(module, SimScores):
-        return tuple(fit_tensor(x, bits, percentiles) for x in inputs)
+        q, k = inputs
+        if jointly:
+            return fit_scores(q, k, bits, percentiles, module.temperature)[:2]
+        return fit_tensor(q, bits, percentiles), fit_tensor(k, bits, percentiles)
     if isinstance(module, SimValues):
         p, v = inputs
+        if jointly:
+            return fit_values(p, v, bits, percentiles)
         return fit_softmax(p, bits, percentiles), fit_tensor(v, bits, percentiles)
     (x,) = inputs
     if isinstance(module, SimConv2d):
         return (fit_tensor(x, config.image_bits, percentiles),)
-    behind_norm = site.norm is not None and config.method != "rtn"
-    hidden = site.hidden and config.reparameterize_hidden and config.method == "erq"
-    if (behind_norm or hidden) and config.reparameterize:
+    if not config.reparameterize or config.method == "rtn":
+        return (fit_tensor(x, bits, percentiles),)
+    if site.norm is not None:
+        return plan_fold(fit_channels(x, bits, NORM_PERCENTILES[config.ranges]))
+    if site.hidden and config.reparameterize_hidden and config.method == "erq":
         return plan_fold(fit_channels(x, bits, percentiles))
     return (fit_tensor(x, bits, percentiles),)
 

@@ -1,79 +1,138 @@
 """Another basis for the heads of an attention, in which few bits hold q, k, v and their sum better.
 
 Adding one vector to all k of a head changes no softmax; q and k may be rotated together; v may be
-shifted, rotated and scaled if proj takes it back. All of it goes into weights and biases: the
-network's output stays, and inference costs nothing more. A rotation spreads what single channels
-hold over all of a head, and the ranges of its channels become alike; a Hadamard matrix spreads
-most evenly. A large key that all channels hold alike it gathers in one: q and
-k are rotated only where the softmax then loses less. Source: docs/math.md, "Heads";
-docs/accuracy.md has what it is worth.
+shifted and rotated if proj takes it back. All of it goes into weights and biases: the network's
+output stays, and inference costs nothing more. Centring saves the range that channels far from 0
+cost, and moves values that were exactly 0, a code in every quantizer; a rotation spreads what
+single channels hold over all of a head, and gathers what all of them hold alike in one. Which of
+it pays differs between networks and layers, so what is lost is measured and the best of four bases
+taken. Source: docs/math.md, "Heads"; docs/accuracy.md has what it is worth.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from erq.calib.simulate import SimLinear, SimScores
+from erq.config import FLOAT_BITS
 from erq.models.attention import Attention
-from erq.quant.fit import ACTIVATION_PERCENTILES, fit_scores
+from erq.quant import fake_quantize
+from erq.quant.fit import fit_scores, fit_tensor, fit_values, some_entries, some_queries
 
 
 @dataclass(frozen=True)
-class HeadStatistics:
-    """What the basis follows from, per head.
+class Basis:
+    """x' = (x − mean) R per head, R `spreading_rotation` or nothing.
 
     Args:
-        k_mean, v_mean: fp32 [H, D], means of k and of v.
-        v_size: fp32 [H], > 0, root mean square of v about its mean.
-        turns_scores: whether the softmax loses less with q and k rotated.
+        mean: fp32 [H, D]. rotated: whether R is the rotation.
     """
 
-    k_mean: Tensor
-    v_mean: Tensor
-    v_size: Tensor
-    turns_scores: bool
+    mean: Tensor
+    rotated: bool
 
-    @classmethod
-    def of(
-        cls, q: Tensor, k: Tensor, v: Tensor, bits: int | None, ranges: str, temperature: float
-    ) -> HeadStatistics:
-        """Statistics of q, k and v, fp32 [B, H, T, D] each.
+    @property
+    def rotation(self) -> Tensor:
+        """R, orthogonal fp64 [D, D]."""
+        size, device = self.mean.shape[1], self.mean.device
+        if self.rotated:
+            return spreading_rotation(size, device)
+        return torch.eye(size, dtype=torch.float64, device=device)
 
-        Args:
-            bits: of q and k; None if they keep their basis. ranges: as in the config.
-        """
-        mean = v.mean(dim=(0, 2))
-        size = (v - mean[:, None]).square().mean(dim=(0, 2, 3)).sqrt()
-        k_mean = k.mean(dim=(0, 2))
-        turns = False
-        if bits is not None:
-            k, rotation = k - k_mean[:, None], spreading_rotation(k.shape[-1], k.device).float()
-            percentiles = ACTIVATION_PERCENTILES[ranges]
-            plain, turned = (
-                fit_scores(a, b, bits, percentiles, temperature)[2]
-                for a, b in ((q, k), (q @ rotation, k @ rotation))
-            )
-            turns = turned < plain
-        return cls(k_mean, mean, torch.where(size > 0, size, 1.0), turns)
+    def of_heads(self, x: Tensor) -> Tensor:
+        """x' of x [B, H, T, D]."""
+        return self.turn(x - self.mean[:, None])
+
+    def turn(self, x: Tensor) -> Tensor:
+        """x R of x [..., D]."""
+        return x @ self.rotation.to(x.dtype) if self.rotated else x
+
+    def apply(self, y: Tensor) -> Tensor:
+        """x' of the heads joined, [..., H·D]: what becomes of proj's input in v's basis."""
+        return self.turn(y.unflatten(-1, self.mean.shape) - self.mean).flatten(-2)
 
 
 @dataclass(frozen=True)
-class ValueBasis:
-    """The change of basis of v, hence of what enters proj: y' = (y − mean) R / size, per head."""
+class HeadBases:
+    """What is chosen for an attention.
 
-    statistics: HeadStatistics
+    Args:
+        scores: the basis of k; q gets its rotation. values: of v. None: as they are.
+    """
 
-    def apply(self, y: Tensor) -> Tensor:
-        """The rotated network's value of [..., H·D]."""
-        mean, size = self.statistics.v_mean, self.statistics.v_size
-        rotation = spreading_rotation(mean.shape[1], y.device).to(y.dtype)
-        parts = y.unflatten(-1, mean.shape) - mean
-        rotated: Tensor = parts @ rotation / size[:, None]
-        return rotated.flatten(-2)
+    scores: Basis | None
+    values: Basis | None
+
+
+def _bases(x: Tensor) -> Iterator[Basis]:
+    """The candidates for x [B, H, T, D], the one that changes nothing first."""
+    mean = x.mean(dim=(0, 2))
+    for rotated in (False, True):
+        for about in (torch.zeros_like(mean), mean):
+            yield Basis(about, rotated)
+
+
+def choose_scores(
+    q: Tensor, k: Tensor, bits: int, percentiles: tuple[float, ...], temperature: float
+) -> Basis:
+    """The basis of q and k whose quantized softmax loses least, by KL divergence.
+
+    Args:
+        q, k: fp32 [B, H, T, D]. temperature: factor of the scores.
+    """
+    some = some_entries(k)
+    candidates = list(_bases(k))
+    q, k = q[some], k[some]
+
+    def loss(basis: Basis) -> float:
+        turned = basis.turn(q), basis.of_heads(k)
+        return fit_scores(*turned, bits, percentiles, temperature, rounds=1)[2]
+
+    return min(candidates, key=loss)
+
+
+def choose_values(
+    p: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bits: int,
+    out_bits: int,
+    percentiles: tuple[float, ...],
+) -> Basis:
+    """The basis of v with the least squared error of what proj gives.
+
+    Args:
+        p: fp32 [B, H, T, T], the softmax. v: fp32 [B, H, T, D]. weight: fp32 [N, H·D], proj's.
+        bits, out_bits: of p and v and of what enters proj; 16: float.
+    """
+    some = some_entries(v)
+    candidates = list(_bases(v))
+    p, v = p[some], v[some]
+    rows = rounded_p = some_queries(p, p.shape[3])
+    if bits != FLOAT_BITS:
+        rounded_p = fake_quantize(rows, fit_values(p, v, bits, percentiles, rounds=1)[0])
+    turned_weight = weight.unflatten(1, (v.shape[1], -1))
+
+    def joined(p: Tensor, v: Tensor) -> Tensor:
+        return (p @ v).transpose(1, 2).flatten(2)
+
+    def loss(basis: Basis) -> float:
+        moved = basis.of_heads(v)
+        target, rounded = joined(rows, moved), moved
+        if bits != FLOAT_BITS:
+            rounded = fake_quantize(moved, fit_tensor(moved, bits, percentiles))
+        out = joined(rounded_p, rounded)
+        if out_bits != FLOAT_BITS:
+            out = fake_quantize(out, fit_tensor(out, out_bits, percentiles))
+        error = (out - target) @ basis.turn(turned_weight).flatten(1).t()
+        return float(error.square().sum(dtype=torch.float64))
+
+    return min(candidates, key=loss)
 
 
 def spreading_rotation(n: int, device: torch.device) -> Tensor:
@@ -111,14 +170,11 @@ def rotated_attention(sim: nn.Module, layer: str) -> Attention | None:
 
 
 @torch.no_grad()
-def rotate_heads(attention: Attention, statistics: HeadStatistics) -> ValueBasis | None:
-    """Put an attention into the basis, in place; its output stays.
+def rotate_heads(attention: Attention, bases: HeadBases) -> None:
+    """Put an attention into its bases, in place; its output stays.
 
     Args:
         attention: with simulated layers whose weights are still in full precision.
-
-    Returns:
-        What became of proj's input, or None where v kept its basis.
     """
     qkv, proj = attention.qkv, attention.proj
     heads, width = attention.num_heads, attention.head_dim
@@ -126,22 +182,17 @@ def rotate_heads(attention: Attention, statistics: HeadStatistics) -> ValueBasis
     weight = qkv.weight.double()
     bias = weight.new_zeros(len(weight)) if qkv.bias is None else qkv.bias.double()
     rows = torch.cat([weight, bias[:, None]], dim=1).reshape(3, heads, width, -1)
-    rotation = spreading_rotation(width, weight.device)
-    basis = None
-    if rotates_scores(attention):
-        rows[1, :, :, -1] -= statistics.k_mean
-        if statistics.turns_scores:
-            rows[:2] = rotation.t() @ rows[:2]
-    if rotates_values(attention):
+    if bases.scores is not None:
+        rows[1, :, :, -1] -= bases.scores.mean
+        rows[:2] = bases.scores.rotation.t() @ rows[:2]
+    if bases.values is not None:
         assert isinstance(proj, SimLinear)
-        basis = ValueBasis(statistics)
-        mean, size = statistics.v_mean.double(), statistics.v_size.double()[:, None, None]
+        mean, rotation = bases.values.mean.double(), bases.values.rotation
         rows[2, :, :, -1] -= mean
-        rows[2] = rotation.t() @ rows[2] / size
+        rows[2] = rotation.t() @ rows[2]
         columns = proj.weight.double().unflatten(1, (heads, width))
         shift = torch.einsum("nhd,hd->n", columns, mean)
-        rotated = torch.einsum("nhd,de,hxy->nhe", columns, rotation, size)
-        proj.set_weight(rotated.flatten(1), shift if proj.bias is None else proj.bias + shift)
+        turned = (columns @ rotation).flatten(1)
+        proj.set_weight(turned, shift if proj.bias is None else proj.bias + shift)
     rows = rows.flatten(0, 2)
     qkv.set_weight(rows[:, :-1], rows[:, -1])
-    return basis

@@ -15,12 +15,11 @@ from erq.quant.functional import fake_quantize
 from erq.quant.params import AffineParams, DualAffineParams, LogParams, check_bits
 
 _FINE = (0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 0.99999)
-ACTIVATION_PERCENTILES = {
-    "fine": _FINE,
-    "softmax": _FINE,
-    "official": (0.999, 0.9999, 0.99999),
-}
+_OFFICIAL = (0.999, 0.9999, 0.99999)
+ACTIVATION_PERCENTILES = {"fine": _FINE, "attention": _FINE, "official": _OFFICIAL}
 """What `QuantConfig.ranges` names; four bits want to clip more than was published."""
+NORM_PERCENTILES = {"fine": _FINE, "attention": _OFFICIAL, "official": _OFFICIAL}
+"""The same behind LayerNorms, whose few tokens that stand out later layers look for."""
 WEIGHT_PERCENTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 0.99999, 1.0)
 
 # A range narrower than this share of its largest magnitude is a constant to a b-bit quantizer: its
@@ -28,7 +27,8 @@ WEIGHT_PERCENTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 
 _CONSTANT = 1e-4
 # Elements of one slice while errors are summed: its temporaries stay in a core's cache.
 _SLICE = 1 << 18
-# Scores at most that candidates for q and k are compared on.
+# Elements of k or v, and scores, at most that candidates for attention are compared on.
+_OPERAND = 1 << 19
 _SCORES = 1 << 18
 # A single row longer than this has its tails found among those that a sample says may be in them.
 _SAMPLED = 1 << 17
@@ -118,17 +118,24 @@ def _error_sample(row: Tensor) -> Tensor:
     return row[::step].contiguous()
 
 
+def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """fake_quantize of fp32 values, for the inner loops of calibration: in place and in floats.
+
+    Same arithmetic as `quantize`, whose codes are whole numbers that fp32 holds exactly.
+    """
+    zero = zero_point.float()
+    codes = (x * scale.reciprocal()).round_().add_(zero).clamp_(0.0, float(2**bits - 1))
+    return codes.sub_(zero).mul_(scale)
+
+
 def _squared_error(rows: Tensor, params: AffineParams) -> Tensor:
     """Sum of squared quantization errors per row, fp64 [R]."""
     step = max(1, _SLICE // rows.shape[0])
     total = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
-    scale, zero = params.scale[:, None], params.zero_point[:, None].float()
-    inv, top = scale.reciprocal(), float(2**params.bits - 1)
+    scale, zero = params.scale[:, None], params.zero_point[:, None]
     for start in range(0, rows.shape[1], step):
         x = rows[:, start : start + step]
-        # In place and in floats: this is the inner loop of calibration. Same arithmetic as
-        # `quantize`, whose codes are whole numbers that fp32 holds exactly.
-        y = (x * inv).round_().add_(zero).clamp_(0.0, top).sub_(zero).mul_(scale).sub_(x)
+        y = _rounded(x, scale, zero, params.bits).sub_(x)
         total += y.square_().sum(dim=1, dtype=torch.float64)
     return total
 
@@ -279,6 +286,7 @@ def fit_scores(
     bits: int,
     percentiles: tuple[float, ...],
     temperature: float,
+    rounds: int = 2,
 ) -> tuple[AffineParams, AffineParams, float]:
     """Affine params (0-d) of q and k by what the softmax of their product loses, and that loss.
 
@@ -287,15 +295,14 @@ def fit_scores(
     whole range; the pair of least KL divergence of the softmax wins, one operand at a time.
 
     Args:
-        q, k: fp32 [B, H, T, D]. temperature: factor of the scores.
+        q, k: fp32 [B, H, T, D]. temperature: factor of the scores. rounds: of q, then k.
 
     Returns:
         Params of q and of k, and the KL divergence of the softmax, summed over a sample of rows.
     """
     check_bits(bits)
-    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    queries = q[:, :, :: -(-scores // _SCORES)].float()
-    keys = k.float().transpose(-2, -1)
+    some = some_entries(k)
+    queries, keys = some_queries(q[some].float(), k.shape[2]), k[some].float().transpose(-2, -1)
     log_p = ((queries @ keys) * temperature).log_softmax(-1)
     p = log_p.exp()
 
@@ -305,12 +312,65 @@ def fit_scores(
 
     of_q, of_k = (_candidates(x, bits, (*percentiles, 1.0)) for x in (q, k))
     rounded_keys = keys
-    for _ in range(2):
-        best_q = min(of_q, key=lambda c: divergence(fake_quantize(queries, c), rounded_keys))
-        rounded = fake_quantize(queries, best_q)
-        best_k = min(of_k, key=lambda c: divergence(rounded, fake_quantize(keys, c)))
-        rounded_keys = fake_quantize(keys, best_k)
+    for _ in range(rounds):
+        best_q = min(of_q, key=lambda c: divergence(_affine(queries, c), rounded_keys))
+        rounded = _affine(queries, best_q)
+        best_k = min(of_k, key=lambda c: divergence(rounded, _affine(keys, c)))
+        rounded_keys = _affine(keys, best_k)
     return best_q, best_k, divergence(rounded, rounded_keys)
+
+
+def fit_values(
+    p: Tensor, v: Tensor, bits: int, percentiles: tuple[float, ...], rounds: int = 2
+) -> tuple[LogParams, AffineParams]:
+    """Params (0-d) of softmax outputs and of v by the squared error of their product.
+
+    The rows that attend to a single token have the few large probabilities: clipping them is a
+    small squared error of p, and a large one of what attention gives there. The candidates are
+    those of `fit_softmax` and `fit_tensor` and the whole ranges.
+
+    Args:
+        p: fp32 [B, H, T, T]. v: fp32 [B, H, T, D]. rounds: of p, then v.
+    """
+    check_bits(bits)
+    some = some_entries(v)
+    rows, values = some_queries(p[some].float(), p.shape[3]), v[some].float()
+    target = rows @ values
+
+    def error(a: Tensor, b: Tensor) -> float:
+        return float((a @ b).sub_(target).square_().sum(dtype=torch.float64))
+
+    whole = (*percentiles, 1.0)
+    scales = tail_quantiles(p.detach().float().reshape(1, -1), whole)[0][:, 0].clamp(min=1e-6)
+    of_p = [LogParams(s, bits, zero_last=z) for s in scales for z in (True, False)]
+    of_v = _candidates(v, bits, whole)
+    rounded_v = values
+    for _ in range(rounds):
+        best_p = min(of_p, key=lambda c: error(fake_quantize(rows, c), rounded_v))
+        rounded_p = fake_quantize(rows, best_p)
+        best_v = min(of_v, key=lambda c: error(rounded_p, _affine(values, c)))
+        rounded_v = _affine(values, best_v)
+    return best_p, best_v
+
+
+def some_entries(x: Tensor) -> Tensor:
+    """Indices of entries of the batch of x [B, H, T, D], so many that few elements are left to
+    compare candidates on; drawn, as a regular step could meet the same window of every image."""
+    count = max(1, _OPERAND * len(x) // x.numel())
+    if count >= len(x):
+        return torch.arange(len(x), device=x.device)
+    drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:count]
+    return drawn.sort().values.to(x.device)
+
+
+def some_queries(x: Tensor, keys: int) -> Tensor:
+    """Every n-th query of x [B, H, T, …], so many that few scores are left to compare on."""
+    scores = x.shape[0] * x.shape[1] * x.shape[2] * keys
+    return x[:, :, :: -(-scores // _SCORES)]
+
+
+def _affine(x: Tensor, params: AffineParams) -> Tensor:
+    return _rounded(x, params.scale, params.zero_point, params.bits)
 
 
 def _candidates(x: Tensor, bits: int, percentiles: tuple[float, ...]) -> list[AffineParams]:

@@ -19,10 +19,12 @@ from erq.models.timm_vit import TimmVit
 from erq.pipeline import quantize
 from erq.quant.fit import (
     ACTIVATION_PERCENTILES,
+    NORM_PERCENTILES,
     fit_channels,
     fit_scores,
     fit_softmax,
     fit_tensor,
+    fit_values,
 )
 
 Build = Callable[..., Any]
@@ -97,7 +99,7 @@ def test_percentiles_are_the_published_ones_or_reach_further(case: Callable[...,
 
 
 def test_matmuls_get_one_for_each_operand(case: Callable[..., Case]) -> None:
-    it = case()
+    it = case(ranges="fine")
     q, k = it.inputs("attn.qk")
     p, v = it.inputs("attn.av")
     scores, _ = it.calibrate("attn.qk")
@@ -112,7 +114,7 @@ def test_matmuls_get_one_for_each_operand(case: Callable[..., Case]) -> None:
 
 
 def test_site_behind_a_norm_is_folded(case: Callable[..., Case]) -> None:
-    it = case()
+    it = case(ranges="fine")
     (x,) = it.inputs("attn.qkv")
     norm = it.model.blocks[0].norm1
     before = norm.weight.clone()
@@ -150,15 +152,33 @@ def test_ranges_come_from_the_first_images(case: Callable[..., Case]) -> None:
     assert same(again.x_params, before)
 
 
-def test_softmax_ranges_are_those_of_the_scores(tiny_vit: Callable[..., Any]) -> None:
+def test_ranges_of_attention_are_fitted_to_what_it_gives(tiny_vit: Callable[..., Any]) -> None:
     model, x = tiny_vit(), torch.randn(4, 3, 16, 16)
-    sim: Any = quantize(model, x, {"a_bits": 4, "w_bits": 8, "ranges": "softmax"})
-    scores = sim.get_submodule("blocks.0.attn.qk")
-    seen: list[Any] = []
-    handle = scores.register_forward_pre_hook(lambda _, args: seen.extend(args))
-    sim(x)
-    handle.remove()
-    percentiles = ACTIVATION_PERCENTILES["softmax"]
-    q, k, _ = fit_scores(*seen, 4, percentiles, scores.temperature)
-    assert torch.equal(q.scale, scores.q_params.scale)
-    assert torch.equal(k.zero_point, scores.k_params.zero_point)
+    sim: Any = quantize(model, x, {"a_bits": 4, "w_bits": 8, "ranges": "attention"})
+    seen: dict[nn.Module, Any] = {}
+
+    def operands(leaf: str) -> tuple[Any, Any]:
+        site = sim.get_submodule(f"blocks.0.attn.{leaf}")
+        handle = site.register_forward_pre_hook(lambda _, args: seen.update({site: args}))
+        sim(x)
+        handle.remove()
+        return site, seen[site]
+
+    percentiles = ACTIVATION_PERCENTILES["attention"]
+    scores, (q, k) = operands("qk")
+    fitted = fit_scores(q, k, 4, percentiles, scores.temperature)
+    assert same(fitted[0], scores.q_params) and same(fitted[1], scores.k_params)
+    values, (p, v) = operands("av")
+    assert torch.equal(fit_values(p, v, 4, percentiles)[0].scale, values.p_params.scale)
+    assert same(fit_values(p, v, 4, percentiles)[1], values.v_params)
+
+
+@pytest.mark.parametrize("ranges", ["attention", "fine", "official"])
+def test_percentiles_behind_a_norm(ranges: Any, case: Callable[..., Case]) -> None:
+    it = case(ranges=ranges)
+    (x,) = it.inputs("mlp.fc1")
+    _, fold = it.calibrate("mlp.fc1")
+    want = fit_channels(x, 4, NORM_PERCENTILES[ranges])
+    torch.testing.assert_close(fold.channels.scale, want.scale)
+    fine = fit_channels(x, 4, NORM_PERCENTILES["fine"])
+    assert torch.equal(want.scale, fine.scale) == (ranges == "fine")

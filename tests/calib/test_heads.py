@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 import erq
 from erq.calib.calibrate import gather
 from erq.calib.heads import (
-    HeadStatistics,
+    Basis,
+    HeadBases,
+    choose_scores,
+    choose_values,
     rotate_heads,
     rotates_scores,
     rotates_values,
@@ -25,6 +28,7 @@ from erq.calib.observers import Stream, observe
 from erq.calib.prepare import insert_simulated
 from erq.config import QuantConfig
 from erq.models import adapter_for
+from erq.quant.fit import ACTIVATION_PERCENTILES, fit_scores
 
 Build = Callable[..., Any]
 
@@ -45,11 +49,9 @@ class Case:
                 x = adapter.run_block(model, i, x)
         self.x = x
 
-    def statistics(self) -> HeadStatistics:
-        attention = self.attention
-        q, k, v = gather(Stream([self.x]), self.run, attention.qk, attention.av, wanted=(0, 1, 3))
-        bits = 4 if rotates_scores(attention) else None
-        return HeadStatistics.of(q, k, v, bits, "softmax", attention.qk.temperature)
+    def operands(self) -> tuple[Tensor, ...]:
+        """q, k, softmax and v."""
+        return gather(Stream([self.x]), self.run, self.attention.qk, self.attention.av)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 8, 24, 32, 48, 64, 80])
@@ -61,43 +63,105 @@ def test_rotation_is_orthogonal_and_spreads(n: int) -> None:
         torch.testing.assert_close(rotation.abs(), torch.full_like(rotation, n**-0.5))
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("kind", ["vit", "vit without bias", "swin"])
-def test_output_stays_and_operands_are_centred(
-    kind: str, tiny_vit: Build, tiny_swin: Build
+def test_output_stays_and_operands_are_moved(
+    kind: str, rotated: bool, tiny_vit: Build, tiny_swin: Build
 ) -> None:
     if kind == "swin":
         it = Case(tiny_swin())
     else:
         it = Case(tiny_vit(qkv_bias=kind == "vit"))
     before = it.run(it.x)
+    q, k, p, v = it.operands()
     proj_before = observe(it.run, (it.attention.proj,), it.x)[0][0]
-    basis = rotate_heads(it.attention, replace(it.statistics(), turns_scores=True))
-    assert basis is not None
+    scores, values = (Basis(x.mean(dim=(0, 2)), rotated) for x in (k, v))
+    rotate_heads(it.attention, HeadBases(scores, values))
     torch.testing.assert_close(it.run(it.x), before, rtol=1e-4, atol=1e-5)
     proj_after = observe(it.run, (it.attention.proj,), it.x)[0][0]
-    torch.testing.assert_close(proj_after, basis.apply(proj_before), rtol=1e-3, atol=1e-4)
-    after = it.statistics()
-    for centred in (after.k_mean, after.v_mean):
-        assert float(centred.abs().max()) < 1e-4
-    torch.testing.assert_close(after.v_size, torch.ones_like(after.v_size))
+    torch.testing.assert_close(proj_after, values.apply(proj_before), rtol=1e-3, atol=1e-4)
+    expected = scores.turn(q), scores.of_heads(k), p, values.of_heads(v)
+    for after, wanted in zip(it.operands(), expected, strict=True):
+        torch.testing.assert_close(after, wanted, rtol=1e-3, atol=1e-4)
+    for moved in it.operands()[1::2]:
+        assert float(moved.mean(dim=(0, 2)).abs().max()) < 1e-4
 
 
-def test_scores_turn_only_where_the_softmax_gains() -> None:
-    v = torch.randn(2, 2, 64, 16)
+def test_nothing_moves_where_no_basis_is_chosen(tiny_vit: Build) -> None:
+    it = Case(tiny_vit())
+    before = it.attention.qkv.weight.clone(), it.attention.proj.weight.clone()
+    rotate_heads(it.attention, HeadBases(None, None))
+    assert torch.equal(it.attention.qkv.weight, before[0])
+    assert torch.equal(it.attention.proj.weight, before[1])
+
+
+PERCENTILES = ACTIVATION_PERCENTILES["attention"]
+
+
+def kind_of(basis: Basis) -> tuple[bool, bool]:
+    """Whether it centres, and whether it rotates."""
+    return bool(basis.mean.any()), basis.rotated
+
+
+def test_scores_move_where_the_softmax_gains() -> None:
+    q, k = torch.randn(2, 2, 64, 16), torch.randn(2, 2, 64, 16)
+    weak_q = q.clone()
+    weak_q[..., 0] *= 0.4
     # One channel far larger than the others in all tokens: a rotation evens them out.
-    q, uneven = torch.randn(2, 2, 64, 16), torch.randn(2, 2, 64, 16)
-    q[..., 0] *= 0.4
+    uneven = k.clone()
     uneven[..., 0] *= 20
-    # A key that decides, alike in all channels: the rotation would gather it in one.
-    single_q, single_k = torch.randn(2, 2, 64, 16) + 1, torch.randn(2, 2, 64, 16) * 0.3
+    # All tokens far from 0 in some channels: all of the range is a constant.
+    far = k.clone()
+    far[..., :4] += 30
+    # Keys that are 0 but for one, alike in all channels: what a mean would move, and a rotation
+    # would gather in one channel.
+    single_q, single_k = torch.randn(2, 2, 64, 16) + 1, torch.zeros(2, 2, 64, 16)
     single_k[:, :, 5] = 2.5
 
-    def turns(q: Tensor, k: Tensor, bits: int | None = 4) -> bool:
-        return HeadStatistics.of(q, k, v, bits, "softmax", 0.25).turns_scores
+    def chosen(q: Tensor, k: Tensor) -> tuple[bool, bool]:
+        return kind_of(choose_scores(q, k, 4, PERCENTILES, 0.25))
 
-    assert turns(q, uneven)
-    found = {turns(single_q, single_k), turns(q, uneven, None)}
-    assert found == {False}
+    assert chosen(weak_q, uneven)[1]
+    assert chosen(q, far)[0]
+    assert chosen(single_q, single_k) == (False, False)
+
+
+@pytest.mark.parametrize(("bits", "out_bits"), [(4, 4), (4, 16), (16, 4)])
+def test_values_move_where_proj_gains(bits: int, out_bits: int) -> None:
+    p = (3 * torch.randn(4, 2, 64, 64)).softmax(-1)
+    v, weight = torch.randn(4, 2, 64, 16), torch.randn(32, 32)
+
+    def chosen(v: Tensor) -> tuple[bool, bool]:
+        return kind_of(choose_values(p, v, weight, bits, out_bits, PERCENTILES))
+
+    uneven, far = v.clone(), v.clone()
+    uneven[..., 0] *= 30
+    far[..., :4] += 30
+    assert chosen(uneven)[1]
+    assert chosen(far)[0]
+
+
+def test_values_that_are_zero_stay_zero() -> None:
+    # Two values for all channels, one of them 0: exact as they are, and in between once moved.
+    v = torch.zeros(4, 2, 64, 16)
+    v[:, :, ::4] = 1.0
+    p = torch.eye(64).expand(4, 2, 64, 64)
+    basis = choose_values(p, v, torch.randn(32, 32), 4, 4, PERCENTILES)
+    assert kind_of(basis) == (False, False)
+
+
+def test_the_best_of_four_is_taken() -> None:
+    q, k = torch.randn(2, 2, 64, 16) * 2, torch.randn(2, 2, 64, 16) ** 3 + 1
+    mean = k.mean(dim=(0, 2))
+    losses = {
+        (centred, rotated): fit_scores(
+            basis.turn(q), basis.of_heads(k), 4, PERCENTILES, 0.25, rounds=1
+        )[2]
+        for centred, rotated in product((False, True), repeat=2)
+        for basis in [Basis(mean * centred, rotated)]
+    }
+    best = min(losses, key=lambda kind: losses[kind])
+    assert kind_of(choose_scores(q, k, 4, PERCENTILES, 0.25)) == best
 
 
 def test_values_without_any_size_are_left_finite(tiny_vit: Build) -> None:
@@ -105,10 +169,8 @@ def test_values_without_any_size_are_left_finite(tiny_vit: Build) -> None:
     with torch.no_grad():
         model.blocks[0].attn.qkv.weight.zero_()
         model.blocks[0].attn.qkv.bias.zero_()
-    it = Case(model)
-    before = it.run(it.x)
-    rotate_heads(it.attention, it.statistics())
-    torch.testing.assert_close(it.run(it.x), before)
+    images = torch.randn(8, *adapter_for(model).input_shape(model))  # type: ignore[arg-type]
+    assert bool(erq.quantize(model, images, "w4a4")(images).isfinite().all())
 
 
 def test_only_what_can_and_gains(tiny_vit: Build) -> None:

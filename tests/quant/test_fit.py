@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from erq.quant import AffineParams, DualAffineParams, dequantize, fake_quantize, fit, quantize
+from erq.quant import (
+    AffineParams,
+    DualAffineParams,
+    LogParams,
+    dequantize,
+    fake_quantize,
+    fit,
+    quantize,
+)
 from erq.quant.fit import (
     ACTIVATION_PERCENTILES,
     WEIGHT_PERCENTILES,
@@ -19,8 +27,11 @@ from erq.quant.fit import (
     fit_scores,
     fit_softmax,
     fit_tensor,
+    fit_values,
     fit_weight,
     outlier_columns,
+    some_entries,
+    some_queries,
     tail_quantiles,
 )
 
@@ -314,10 +325,40 @@ def test_scores_keep_the_few_keys_that_decide() -> None:
         scores = fake_quantize(q, a) @ fake_quantize(k, b).transpose(-2, -1)
         return float((p * (p.log() - (scores * 0.25).log_softmax(-1))).sum())
 
-    percentiles = ACTIVATION_PERCENTILES["softmax"]
+    percentiles = ACTIVATION_PERCENTILES["attention"]
     *chosen, loss = fit_scores(q, k, 4, percentiles, 0.25)
     assert loss == pytest.approx(lost(*chosen), rel=1e-3)
     plain = (fit_tensor(q, 4, percentiles), fit_tensor(k, 4, percentiles))
     assert lost(*chosen) < 0.7 * lost(*plain)
     top = (15 - chosen[1].zero_point) * chosen[1].scale
     assert float(top) == pytest.approx(2.5, rel=0.05)
+
+
+def test_values_keep_the_few_probabilities_that_decide() -> None:
+    # One row in 64 attends to a single token, all others to many alike.
+    p = torch.randn(2, 2, 64, 64).softmax(-1)
+    p[:, :, 7] = torch.eye(64)[3]
+    v = torch.randn(2, 2, 64, 16)
+    v[:, :, 3] *= 4
+
+    def lost(a: LogParams, b: AffineParams) -> float:
+        return float((fake_quantize(p, a) @ fake_quantize(v, b) - p @ v).square().sum())
+
+    percentiles = ACTIVATION_PERCENTILES["attention"]
+    chosen = fit_values(p, v, 3, percentiles)
+    plain = fit_softmax(p, 3, percentiles), fit_tensor(v, 3, percentiles)
+    assert float(plain[0].scale) < 0.5
+    assert lost(*chosen) < 0.7 * lost(*plain)
+    assert float(chosen[0].scale) == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.mark.parametrize("batch", [2, 256])
+def test_some_of_the_batch_stand_for_all(batch: int) -> None:
+    x = torch.empty(batch, 2, 64, 64)
+    some = some_entries(x)
+    assert len(some) == min(batch, 64)
+    assert torch.equal(some, some.unique())
+    assert int(some.max()) < batch
+    assert torch.equal(some, some_entries(x))
+    assert not bool((some.diff() == some.diff()[0]).all()) or batch == 2
+    assert some_queries(x, 64).shape[2] == -(-64 // -(-x.numel() // (1 << 18)))
