@@ -53,7 +53,8 @@ class QuantConfig:
         reparameterize_merging: also fold the norm of Swin's patch merging into its `reduction`, and
             give that dual scales; as published ERQ leaves that layer out.
         reparameterize_hidden: `erq` only: also quantize what the MLP's activation function gives
-            channel by channel, folded into fc2 alone (docs/math.md, "Behind an activation").
+            channel by channel where it has fewer than 8 bits, folded into fc2 alone (docs/math.md,
+            "Behind an activation").
         upstream: what feeds a site during calibration: `quantized`, the network as quantized so
             far, or `float`, as published: every layer alone on the full-precision network.
         refine: rounding refinement: `greedy` best flips, `official` rule, `off`.

@@ -92,7 +92,9 @@ def _fit(site: Site, module: nn.Module, inputs: tuple[Tensor, ...], config: Quan
         return (fit_tensor(x, bits, percentiles),)
     if site.norm is not None:
         return plan_fold(fit_channels(x, bits, NORM_PERCENTILES[config.ranges]))
-    if site.hidden and config.reparameterize_hidden and config.method == "erq":
+    hidden = site.hidden and config.reparameterize_hidden and config.method == "erq"
+    # With 8 bits one scale loses nothing, and the fold would make fc2's columns uneven for nothing.
+    if hidden and bits < 8:
         return plan_fold(fit_channels(x, bits, percentiles))
     return (fit_tensor(x, bits, percentiles),)
 

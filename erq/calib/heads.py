@@ -3,7 +3,7 @@
 Adding one vector to all k of a head changes no softmax; q and k may be rotated together; v may be
 shifted and rotated if proj takes it back. All of it goes into weights and biases: the network's
 output stays, and inference costs nothing more. Centring saves the range that channels far from 0
-cost, and moves values that were exactly 0, a code in every quantizer; a rotation spreads what
+cost, and moves what was 0, a value of every quantizer; a rotation spreads what
 single channels hold over all of a head, and gathers what all of them hold alike in one. Which of
 it pays differs between networks and layers, so what is lost is measured and the best of four bases
 taken. Source: docs/math.md, "Heads"; docs/accuracy.md has what it is worth.

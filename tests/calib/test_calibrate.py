@@ -182,3 +182,17 @@ def test_percentiles_behind_a_norm(ranges: Any, case: Callable[..., Case]) -> No
     torch.testing.assert_close(fold.channels.scale, want.scale)
     fine = fit_channels(x, 4, NORM_PERCENTILES["fine"])
     assert torch.equal(want.scale, fine.scale) == (ranges == "fine")
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_what_enters_fc2_has_ranges_of_its_channels_below_8_bits(
+    bits: int, case: Callable[..., Case]
+) -> None:
+    it = case(a_bits=bits)
+    (x,) = it.inputs("mlp.fc2")
+    module, fold = it.calibrate("mlp.fc2")
+    if bits == 8:
+        assert (module.x_channels, fold) == (None, None)
+        assert same(module.x_params, fit_tensor(x, bits))
+    else:
+        torch.testing.assert_close(module.x_channels.scale, fit_channels(x, bits).scale)
