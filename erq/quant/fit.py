@@ -310,14 +310,14 @@ def fit_scores(
         estimate = ((a @ b) * temperature).log_softmax(-1)
         return float((p * (log_p - estimate)).sum(dtype=torch.float64))
 
-    of_q, of_k = (_candidates(x, bits, (*percentiles, 1.0)) for x in (q, k))
-    rounded_keys = keys
+    whole = (*percentiles, 1.0)
+    of_q = [(c, _affine(queries, c)) for c in _candidates(q, bits, whole)]
+    of_k = [(c, _affine(keys, c)) for c in _candidates(k, bits, whole)]
+    rounded_k = keys
     for _ in range(rounds):
-        best_q = min(of_q, key=lambda c: divergence(_affine(queries, c), rounded_keys))
-        rounded = _affine(queries, best_q)
-        best_k = min(of_k, key=lambda c: divergence(rounded, _affine(keys, c)))
-        rounded_keys = _affine(keys, best_k)
-    return best_q, best_k, divergence(rounded, rounded_keys)
+        best_q, rounded_q = min(of_q, key=lambda c: divergence(c[1], rounded_k))
+        best_k, rounded_k = min(of_k, key=lambda c: divergence(rounded_q, c[1]))
+    return best_q, best_k, divergence(rounded_q, rounded_k)
 
 
 def fit_values(
@@ -343,13 +343,12 @@ def fit_values(
     whole = (*percentiles, 1.0)
     scales = tail_quantiles(p.detach().float().reshape(1, -1), whole)[0][:, 0].clamp(min=1e-6)
     of_p = [LogParams(s, bits, zero_last=z) for s in scales for z in (True, False)]
-    of_v = _candidates(v, bits, whole)
+    all_p = [(c, fake_quantize(rows, c)) for c in of_p]
+    all_v = [(c, _affine(values, c)) for c in _candidates(v, bits, whole)]
     rounded_v = values
     for _ in range(rounds):
-        best_p = min(of_p, key=lambda c: error(fake_quantize(rows, c), rounded_v))
-        rounded_p = fake_quantize(rows, best_p)
-        best_v = min(of_v, key=lambda c: error(rounded_p, _affine(values, c)))
-        rounded_v = _affine(values, best_v)
+        best_p, rounded_p = min(all_p, key=lambda c: error(c[1], rounded_v))
+        best_v, rounded_v = min(all_v, key=lambda c: error(rounded_p, c[1]))
     return best_p, best_v
 
 
