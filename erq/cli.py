@@ -37,7 +37,7 @@ from erq.options import (
     as_settings,
     as_timm_options,
     check_backend_name,
-    check_folder,
+    check_file,
     check_out,
     quantize_command,
 )
@@ -191,7 +191,7 @@ def demo(
     """Quantize, pack, reload, evaluate and time the shipped model; under a minute on a CPU."""
     as_settings(bits, None, [], None, paper=False)
     if out is not None:
-        check_folder(out)
+        check_file(out)
     where = as_device(device)
     from erq.demonstration import demo_remarks, demo_table, demonstrate
     from erq.report import Output
@@ -441,7 +441,7 @@ def report(
     check_backend_name(backend)
     where = as_device(device)
     stem = file.with_suffix("") if out is None else out
-    check_folder(stem.with_name(f"{stem.name}.html"))
+    check_file(stem.with_name(f"{stem.name}.html"))
     if reference is not None and images is None:
         raise typer.BadParameter("needs --images to compare on", param_hint="--reference")
     from erq.data import Selection, open_images
@@ -574,7 +574,7 @@ def export(
     """Write a packed file as ONNX, for runtimes outside PyTorch; needs erq[export]."""
     if codes not in ("int4", "int8"):
         raise typer.BadParameter(f"{codes!r} is neither int4 nor int8", param_hint="--codes")
-    check_folder(onnx)
+    check_file(onnx)
     from erq.export import export_onnx
     from erq.loading import load_model
     from erq.messages import megabytes

@@ -108,10 +108,10 @@ def check_out(out: str, license: str | None) -> None:
 
     check_target(out, license=license)
     if not names_folder(out):
-        check_folder(Path(out))
+        check_file(Path(out))
 
 
-def check_folder(out: Path) -> None:
+def check_file(out: Path) -> None:
     """Raise before minutes of work if the file cannot be written there."""
     if not os.path.isdir(out.parent):
         raise ValueError(f"{out}: the folder {out.parent} does not exist; create it first")

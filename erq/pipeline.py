@@ -30,12 +30,9 @@ from erq.calib.calibrate import RANGE_IMAGES, calibrate_site, gather
 from erq.calib.heads import (
     Basis,
     HeadBases,
-    choose_scores,
-    choose_values,
+    choose_bases,
     rotate_heads,
     rotated_attention,
-    rotates_scores,
-    rotates_values,
 )
 from erq.calib.observers import Run, Stream
 from erq.calib.prepare import insert_simulated
@@ -145,26 +142,14 @@ class _Calibration:
         attention = rotated_attention(self.sim, site.name)
         if attention is None:
             return
-        name = site.name.rpartition(".")[0]
+        config, name = self.config, site.name.rpartition(".")[0]
+        bits = {leaf: config.for_site(f"{name}.{leaf}").a_bits for leaf in ("qk", "av", "proj")}
 
         def collect() -> tuple[Tensor, ...]:
             return gather(stream, run, attention.qk, attention.av)
 
         def settle(operands: tuple[Tensor, ...]) -> HeadBases:
-            q, k, p, v = operands
-            percentiles = ACTIVATION_PERCENTILES[self.config.ranges]
-            modules: Any = attention
-            scores = values = None
-            if rotates_scores(attention):
-                temperature = modules.qk.temperature
-                scores = choose_scores(q, k, bits_of("qk"), percentiles, temperature)
-            if rotates_values(attention):
-                widths = bits_of("av"), bits_of("proj")
-                values = choose_values(p, v, modules.proj.weight, *widths, percentiles)
-            return HeadBases(scores, values)
-
-        def bits_of(site: str) -> int:
-            return self.config.for_site(f"{name}.{site}").a_bits
+            return choose_bases(attention, operands, bits, ACTIVATION_PERCENTILES[config.ranges])
 
         with self.stage("ranges"):
             bases = self.decide(f"{name}: heads", collect, settle)

@@ -21,7 +21,7 @@ from rich.text import Text
 from erq.deployment.checkpoint import write_atomically
 from erq.evaluation import Evaluation
 from erq.messages import megabytes
-from erq.options import check_folder
+from erq.options import check_file
 from erq.reduce.allocation import SiteBits, average_bits
 from erq.timing import Timing
 
@@ -160,7 +160,7 @@ def check_plot(path: Path) -> None:
     if path.suffix not in PLOT_ENDINGS:
         endings = " or ".join(PLOT_ENDINGS)
         raise ValueError(f"{path}: a plot is a file that ends in {endings}, got {path.suffix!r}")
-    check_folder(path)
+    check_file(path)
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
             "a plot needs matplotlib, which is not installed: pip install 'erq[bench]'"

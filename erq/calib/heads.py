@@ -3,22 +3,22 @@
 Adding one vector to all k of a head changes no softmax; q and k may be rotated together; v may be
 shifted and rotated if proj takes it back. All of it goes into weights and biases: the network's
 output stays, and inference costs nothing more. Centring saves the range that channels far from 0
-cost, and moves what was 0, a value of every quantizer; a rotation spreads what
-single channels hold over all of a head, and gathers what all of them hold alike in one. Which of
-it pays differs between networks and layers, so what is lost is measured and the best of four bases
-taken. Source: docs/math.md, "Heads"; docs/accuracy.md has what it is worth.
+cost, and moves what was 0, a value of every quantizer; a rotation spreads what single channels hold
+over all of a head, and gathers what all of them hold alike in one. Which of it pays differs between
+networks and layers, so what is lost is measured and the best of four bases taken. Source:
+docs/math.md, "Heads"; docs/accuracy.md has what it is worth.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from erq.calib.simulate import SimLinear, SimScores
+from erq.calib.simulate import SimLinear, SimScores, SimValues
 from erq.config import FLOAT_BITS
 from erq.models.attention import Attention
 from erq.quant import fake_quantize
@@ -69,12 +69,35 @@ class HeadBases:
     values: Basis | None
 
 
-def _bases(x: Tensor) -> Iterator[Basis]:
+def choose_bases(
+    attention: Attention,
+    operands: tuple[Tensor, ...],
+    bits: Mapping[str, int],
+    percentiles: tuple[float, ...],
+) -> HeadBases:
+    """The bases in which an attention loses least.
+
+    Args:
+        operands: q, k, softmax and v; fp32 [B, H, T, D], the softmax [B, H, T, T].
+        bits: `a_bits` of the sites `qk`, `av` and `proj`.
+        percentiles: candidates for the ranges.
+    """
+    q, k, p, v = operands
+    scores = values = None
+    if rotates_scores(attention):
+        assert isinstance(attention.qk, SimScores)
+        scores = choose_scores(q, k, bits["qk"], percentiles, attention.qk.temperature)
+    if rotates_values(attention):
+        assert isinstance(attention.proj, SimLinear)
+        v_bits = bits["av"] if isinstance(attention.av, SimValues) else FLOAT_BITS
+        values = choose_values(p, v, attention.proj.weight, v_bits, bits["proj"], percentiles)
+    return HeadBases(scores, values)
+
+
+def _bases(x: Tensor) -> list[Basis]:
     """The candidates for x [B, H, T, D], the one that changes nothing first."""
     mean = x.mean(dim=(0, 2))
-    for rotated in (False, True):
-        for about in (torch.zeros_like(mean), mean):
-            yield Basis(about, rotated)
+    return [Basis(m, turns) for turns in (False, True) for m in (torch.zeros_like(mean), mean)]
 
 
 def choose_scores(
@@ -85,8 +108,7 @@ def choose_scores(
     Args:
         q, k: fp32 [B, H, T, D]. temperature: factor of the scores.
     """
-    some = some_entries(k)
-    candidates = list(_bases(k))
+    candidates, some = _bases(k), some_entries(k)
     q, k = q[some], k[some]
 
     def loss(basis: Basis) -> float:
@@ -110,8 +132,7 @@ def choose_values(
         p: fp32 [B, H, T, T], the softmax. v: fp32 [B, H, T, D]. weight: fp32 [N, H·D], proj's.
         bits, out_bits: of p and v and of what enters proj; 16: float.
     """
-    some = some_entries(v)
-    candidates = list(_bases(v))
+    candidates, some = _bases(v), some_entries(v)
     p, v = p[some], v[some]
     rows = rounded_p = some_queries(p, p.shape[3])
     if bits != FLOAT_BITS:

@@ -8,11 +8,17 @@ docs/math.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from erq.quant.functional import fake_quantize
 from erq.quant.params import AffineParams, DualAffineParams, LogParams, check_bits
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 _FINE = (0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 0.99999)
 _OFFICIAL = (0.999, 0.9999, 0.99999)
@@ -265,7 +271,7 @@ def fit_softmax(
     """
     check_bits(bits)
     flat = p.detach().float().reshape(-1)
-    scales = tail_quantiles(flat[None], percentiles)[0][:, 0].clamp(min=1e-6)
+    scales = _softmax_scales(flat, percentiles)
     last = 2**bits - 1
     errors = torch.zeros(len(scales), 2, dtype=torch.float64, device=flat.device)
     for x in _error_sample(flat).split(_SLICE):
@@ -313,11 +319,7 @@ def fit_scores(
     whole = (*percentiles, 1.0)
     of_q = [(c, _affine(queries, c)) for c in _candidates(q, bits, whole)]
     of_k = [(c, _affine(keys, c)) for c in _candidates(k, bits, whole)]
-    rounded_k = keys
-    for _ in range(rounds):
-        best_q, rounded_q = min(of_q, key=lambda c: divergence(c[1], rounded_k))
-        best_k, rounded_k = min(of_k, key=lambda c: divergence(rounded_q, c[1]))
-    return best_q, best_k, divergence(rounded_q, rounded_k)
+    return _best_pair(of_q, of_k, keys, divergence, rounds)
 
 
 def fit_values(
@@ -341,15 +343,28 @@ def fit_values(
         return float((a @ b).sub_(target).square_().sum(dtype=torch.float64))
 
     whole = (*percentiles, 1.0)
-    scales = tail_quantiles(p.detach().float().reshape(1, -1), whole)[0][:, 0].clamp(min=1e-6)
-    of_p = [LogParams(s, bits, zero_last=z) for s in scales for z in (True, False)]
-    all_p = [(c, fake_quantize(rows, c)) for c in of_p]
-    all_v = [(c, _affine(values, c)) for c in _candidates(v, bits, whole)]
-    rounded_v = values
+    scales = _softmax_scales(p.detach().float(), whole)
+    candidates = [LogParams(s, bits, zero_last=z) for s in scales for z in (True, False)]
+    of_p = [(c, fake_quantize(rows, c)) for c in candidates]
+    of_v = [(c, _affine(values, c)) for c in _candidates(v, bits, whole)]
+    return _best_pair(of_p, of_v, values, error, rounds)[:2]
+
+
+def _best_pair(
+    of_a: list[tuple[A, Tensor]],
+    of_b: list[tuple[B, Tensor]],
+    b: Tensor,
+    loss: Callable[[Tensor, Tensor], float],
+    rounds: int,
+) -> tuple[A, B, float]:
+    """Of candidates, each with what it rounds its operand to, those of least loss, and that loss.
+
+    One operand is chosen at a time, a first, beside b as it is in float.
+    """
     for _ in range(rounds):
-        best_p, rounded_p = min(all_p, key=lambda c: error(c[1], rounded_v))
-        best_v, rounded_v = min(all_v, key=lambda c: error(rounded_p, c[1]))
-    return best_p, best_v
+        best_a, a = min(of_a, key=lambda c: loss(c[1], b))
+        best_b, b = min(of_b, key=lambda c: loss(a, c[1]))
+    return best_a, best_b, loss(a, b)
 
 
 def some_entries(x: Tensor) -> Tensor:
@@ -366,6 +381,11 @@ def some_queries(x: Tensor, keys: int) -> Tensor:
     """Every n-th query of x [B, H, T, …], so many that few scores are left to compare on."""
     scores = x.shape[0] * x.shape[1] * x.shape[2] * keys
     return x[:, :, :: -(-scores // _SCORES)]
+
+
+def _softmax_scales(p: Tensor, percentiles: tuple[float, ...]) -> Tensor:
+    """Scales of log quantizers of fp32 softmax outputs of any shape, one for every percentile."""
+    return tail_quantiles(p.reshape(1, -1), percentiles)[0][:, 0].clamp(min=1e-6)
 
 
 def _affine(x: Tensor, params: AffineParams) -> Tensor:

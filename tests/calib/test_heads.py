@@ -17,6 +17,7 @@ from erq.calib.calibrate import gather
 from erq.calib.heads import (
     Basis,
     HeadBases,
+    choose_bases,
     choose_scores,
     choose_values,
     rotate_heads,
@@ -139,6 +140,28 @@ def test_values_move_where_proj_gains(bits: int, out_bits: int) -> None:
     far[..., :4] += 30
     assert chosen(uneven)[1]
     assert chosen(far)[0]
+
+
+@pytest.mark.parametrize("attention", ["quantized", "float"])
+def test_only_quantizers_that_are_there_decide(attention: str, tiny_vit: Build) -> None:
+    it = Case(tiny_vit(), attention=attention)
+    _, heads, tokens, width = it.operands()[3].shape
+    # A large channel in every token: v's quantizer wants it spread; in the sum it cancels.
+    v = torch.randn(4, heads, tokens, width)
+    v[..., 0] = 30.0 * (-1) ** torch.arange(tokens)
+    v[:, :, 0, 0] = 0 if tokens % 2 else 30.0
+    p = torch.full((4, heads, tokens, tokens), 1 / tokens)
+    bits = {"qk": 4, "av": 4, "proj": 4}
+    chosen = choose_bases(it.attention, (v, v, p, v), bits, PERCENTILES)
+    v_bits = {"quantized": 4, "float": 16}
+    expected = {
+        name: choose_values(p, v, it.attention.proj.weight, n, 4, PERCENTILES)
+        for name, n in v_bits.items()
+    }
+    assert kind_of(expected["quantized"]) != kind_of(expected["float"])
+    assert chosen.values is not None
+    assert kind_of(chosen.values) == kind_of(expected[attention])
+    assert (chosen.scores is None) == (attention == "float")
 
 
 def test_values_that_are_zero_stay_zero() -> None:
